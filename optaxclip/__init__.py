@@ -1,0 +1,22 @@
+"""Gradient clipping for JAX: composable, float32-safe, shard-aware Optax transformations."""
+
+from optaxclip.clipping import ClipState as ClipState
+from optaxclip.clipping import ClipStats as ClipStats
+from optaxclip.clipping import GroupStats as GroupStats
+from optaxclip.clipping import clip_by as clip_by
+from optaxclip.clipping import clip_stats as clip_stats
+from optaxclip.guards import SkipNonfiniteState as SkipNonfiniteState
+from optaxclip.guards import raise_if_stuck as raise_if_stuck
+from optaxclip.guards import skip_nonfinite as skip_nonfinite
+from optaxclip.norms import Norm as Norm
+from optaxclip.strategies import agc as agc
+from optaxclip.strategies import clip_by_global_norm as clip_by_global_norm
+from optaxclip.strategies import clip_by_group_norm as clip_by_group_norm
+from optaxclip.strategies import clip_by_leaf_norm as clip_by_leaf_norm
+from optaxclip.strategies import clip_by_leaf_rms as clip_by_leaf_rms
+from optaxclip.strategies import clip_by_unit_norm as clip_by_unit_norm
+from optaxclip.strategies import clip_by_value as clip_by_value
+from optaxclip.strategies import normalize as normalize
+from optaxclip.strategies import soft_clip as soft_clip
+
+__version__ = "0.1.0"

@@ -1,0 +1,319 @@
+"""`clip_by(norm, threshold, response)`: the one engine behind every clipper; its statistics."""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip._leaves import Leaves, Tree
+from optaxclip.norms import By, Layout, Norm, accumulator
+from optaxclip.responses import Rescale, Response, as_response
+from optaxclip.thresholds import Context, as_threshold
+
+NonFinite = Literal["propagate", "zero"]
+
+# Up to this many leaves, units or labelled groups are recorded one by one.
+_MAX_RECORDED_GROUPS = 256
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["pre_clip_norm", "threshold", "clip_factor", "clipped_count"],
+    meta_fields=["names"],
+)
+@dataclasses.dataclass(frozen=True)
+class GroupStats:
+    """The last step group by group: arrays `[groups]`, with the groups' names."""
+
+    names: tuple[str, ...]
+    pre_clip_norm: jax.Array
+    threshold: jax.Array
+    clip_factor: jax.Array
+    clipped_count: jax.Array
+
+
+class ClipStats(NamedTuple):
+    """What a clipper did; float32 and int32 scalars, of one shape from `init` on.
+
+    With several groups (leaves, units, elements) norm, threshold and factor are those of
+    the group that exceeded its bound most on the last step.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # as in Optax's states; hides tuple.count
+    """Steps taken."""
+    pre_clip_norm: jax.Array
+    """The norm that came in."""
+    post_clip_norm: jax.Array
+    """The norm that went out."""
+    threshold: jax.Array
+    """The bound."""
+    clip_factor: jax.Array
+    """What the gradient was multiplied by; 1 if it was left alone."""
+    clipped_count: jax.Array
+    """Steps on which some group exceeded its bound."""
+    nonfinite_count: jax.Array
+    """Steps on which some element was NaN or infinite."""
+    groups: GroupStats | None = None
+    """Group by group, for 2 to 256 leaves, units or labels; else None."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stats", "threshold_state"],
+    meta_fields=["name"],
+)
+@dataclasses.dataclass(frozen=True)
+class ClipState:
+    """State of a clipper: its statistics and whatever its threshold remembers."""
+
+    name: str
+    stats: ClipStats
+    threshold_state: Tree
+
+
+def clip_by(
+    norm: By | Norm,
+    threshold: Any,
+    response: str | Response = "rescale",
+    *,
+    nonfinite: NonFinite = "propagate",
+    stats: bool = True,
+    name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A clipper from its three parts: what is measured, how large it may be, what then.
+
+    `u = factor(n, c) * g` for each group of leaves, with n its norm and c its bound.
+
+    Args:
+      norm: a `Norm`, or its `by`: `"global"`, `"leaf"`, `"unit"`, `"element"`.
+      threshold: a number >= 0, a scalar array (traced too), a schedule `count -> bound`, a
+        tree prefix of these (a dict by label for groups), or a `Threshold`. In the units
+        of the norm.
+      response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"drop"`, or
+        a `Response`.
+      nonfinite: what becomes of a group with NaN or infinite elements. `"propagate"`: as in
+        Optax, NaN stays NaN; an infinity turns the group's finite elements to 0 and itself
+        to NaN. `"zero"`: the group becomes zeros (for elements, just these elements). Either
+        way the step is counted. To drop the whole step use `skip_nonfinite`.
+      stats: False leaves the statistics out, for elementwise clippers alone, where measuring
+        costs a pass over the gradient; counters are then -1 and norms NaN.
+      name: how `clip_stats` calls this clipper.
+
+    Returns:
+      A gradient transformation whose state is a `ClipState`. Updates keep structure,
+      shapes and dtypes.
+
+    Raises:
+      ValueError: unknown parts; a bound that is negative or NaN; trees that do not match.
+      TypeError: a leaf that is no array; a bound that is no number.
+
+    Guarantees:
+      A group inside its bound comes out bit for bit. A rescaled group of float32 or wider
+      has norm <= c (1 + 1e-6), one of 16 bits c (1 + eps of its dtype). A bound of 0 gives
+      zeros. The derivative is finite everywhere, also at zero.
+
+    Edge cases:
+      A traced bound below 0 counts as 0; a NaN bound makes the updates NaN. Integer, float0,
+      None, MaskedNode and empty leaves pass through uncounted.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_by("leaf", 1.0, "sqrt", name="soft")
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], optaxclip.clip_stats(state)["soft"].pre_clip_norm)
+      [0.58834845 0.7844646 ] 5.0
+    """
+    measured = norm if isinstance(norm, Norm) else Norm(norm)
+    limit = as_threshold(threshold)
+    answer = as_response(response)
+    if nonfinite not in get_args(NonFinite):
+        raise ValueError(f"unknown nonfinite, got {nonfinite!r}. Use one of {get_args(NonFinite)}.")
+    if not stats and measured.by != "element":
+        raise ValueError(
+            f"stats=False saves nothing for a {measured.by} norm, which is measured anyway. Drop"
+            " the argument."
+        )
+    name = name or f"clip_by_{measured.by}"
+
+    def init_fn(params: Tree) -> ClipState:
+        layout = measured.layout(measured.leaves(params))
+        return ClipState(name, _empty_stats(measured, layout), limit.init(measured, params))
+
+    def update_fn(
+        updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, ClipState]:
+        leaves = measured.leaves(updates)
+        layout = measured.layout(leaves)
+        _check_same_groups(state.stats, layout)
+        norms = measured.measure(leaves, layout) if stats else jnp.zeros(layout.size, jnp.float32)
+        context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
+        bounds, threshold_state = limit.bound(norms, state.threshold_state, context)
+        bounds = jnp.broadcast_to(jnp.maximum(bounds, 0.0), norms.shape)
+        factors = answer.factor(norms, bounds)
+        if measured.by == "element":
+            arrays = [
+                _clip_elements(x, c, answer, nonfinite)
+                for x, c in zip(leaves.arrays, layout.spread(bounds), strict=True)
+            ]
+        else:
+            kept = jnp.isfinite(norms) if nonfinite == "zero" else None
+            factors = factors if kept is None else jnp.where(kept, factors, 0.0)
+            arrays = _multiply(leaves, layout, factors, kept)
+        new_stats = _record(state.stats, norms, bounds, factors, measured=stats)
+        return leaves.replace(arrays), ClipState(state.name, new_stats, threshold_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
+    """The statistics of every clipper in an optimizer state, however deep, by name.
+
+    Looks through chain, named_chain, masked, partition, MultiSteps, inject_hyperparams,
+    apply_if_finite, the guards of this library and any other pytree. Of two clippers with
+    one name, the second is called `name_2`, and so on; `name=` tells them apart.
+
+    Args:
+      opt_state: the state of an optimizer, or any tree that holds it.
+
+    Returns:
+      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger:
+      `{f"{name}/{k}": v for name, s in stats.items() for k, v in s._asdict().items()}`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> _, state = tx.update(grads, tx.init(grads), grads)
+      >>> stats = optaxclip.clip_stats(state)["clip_by_global_norm"]
+      >>> print(stats.pre_clip_norm, stats.clip_factor)
+      5.0 0.2
+    """
+    found: dict[str, ClipStats] = {}
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, ClipState)):
+        if isinstance(node, ClipState):
+            key, repeat = node.name, 2
+            while key in found:
+                key, repeat = f"{node.name}_{repeat}", repeat + 1
+            found[key] = node.stats
+    return found
+
+
+def _multiply(
+    leaves: Leaves, layout: Layout, factors: jax.Array, kept: jax.Array | None
+) -> list[jax.Array]:
+    """`x * factor` leaf by leaf, rounded once to the leaf's dtype; zeros where not kept."""
+    arrays = []
+    for x, factor in zip(leaves.arrays, layout.spread(factors), strict=True):
+        wide = accumulator(x.dtype)
+        x_wide = x if jnp.iscomplexobj(x) else x.astype(wide)
+        arrays.append((x_wide * factor.astype(wide)).astype(x.dtype))
+    if kept is not None:
+        arrays = [
+            jnp.where(k, x, jnp.zeros_like(x))
+            for k, x in zip(layout.spread(kept), arrays, strict=True)
+        ]
+    return arrays
+
+
+def _clip_elements(
+    x: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
+) -> jax.Array:
+    if response == Rescale() and not jnp.iscomplexobj(x):
+        bound = bound.astype(x.dtype)
+        clipped = jnp.clip(x, -bound, bound)
+    else:
+        modulus = jnp.abs(x).astype(accumulator(x.dtype))
+        factor = response.factor(modulus, bound.astype(modulus.dtype))
+        clipped = (x if jnp.iscomplexobj(x) else x.astype(factor.dtype)) * factor
+        clipped = clipped.astype(x.dtype)
+    if nonfinite == "zero":
+        clipped = jnp.where(jnp.isfinite(x), clipped, jnp.zeros_like(x))
+    return clipped
+
+
+def _empty_stats(norm: Norm, layout: Layout) -> ClipStats:
+    groups = None
+    if norm.by in ("leaf", "unit", "group") and 1 < layout.size <= _MAX_RECORDED_GROUPS:
+        groups = GroupStats(
+            layout.names,
+            jnp.zeros(layout.size, jnp.float32),
+            jnp.zeros(layout.size, jnp.float32),
+            jnp.ones(layout.size, jnp.float32),
+            jnp.zeros(layout.size, jnp.int32),
+        )
+    return ClipStats(
+        count=jnp.zeros((), jnp.int32),
+        pre_clip_norm=jnp.zeros((), jnp.float32),
+        post_clip_norm=jnp.zeros((), jnp.float32),
+        threshold=jnp.zeros((), jnp.float32),
+        clip_factor=jnp.ones((), jnp.float32),
+        clipped_count=jnp.zeros((), jnp.int32),
+        nonfinite_count=jnp.zeros((), jnp.int32),
+        groups=groups,
+    )
+
+
+def _check_same_groups(stats: ClipStats, layout: Layout) -> None:
+    if stats.groups is not None and stats.groups.names != layout.names:
+        then, now = set(stats.groups.names), set(layout.names)
+        raise ValueError(
+            "updates must have the groups that init saw, got"
+            f" {sorted(now - then) or 'none'} new and {sorted(then - now) or 'none'} missing."
+            " Call init with the tree the gradient is taken for."
+        )
+
+
+def _record(
+    stats: ClipStats,
+    norms: jax.Array,
+    bounds: jax.Array,
+    factors: jax.Array,
+    *,
+    measured: bool,
+) -> ClipStats:
+    count = optax.safe_increment(stats.count)
+    if norms.size == 0:
+        return stats._replace(count=count)
+    norms, bounds, factors = (v.astype(jnp.float32) for v in (norms, bounds, factors))
+    if not measured:
+        unknown = jnp.full((), jnp.nan, jnp.float32)
+        uncounted = jnp.full((), -1, jnp.int32)
+        return ClipStats(
+            count, unknown, unknown, jnp.min(bounds), unknown, uncounted, uncounted, None
+        )
+    exceeded = norms > bounds
+    finite = jnp.isfinite(norms)
+    at = jnp.argmax(_excess(norms, bounds)) if norms.size > 1 else 0
+    norm, bound, factor = norms[at], bounds[at], factors[at]
+    groups = stats.groups
+    if groups is not None:
+        groups = GroupStats(
+            groups.names,
+            norms,
+            bounds,
+            factors,
+            _count_if(exceeded, groups.clipped_count),
+        )
+    return ClipStats(
+        count=count,
+        pre_clip_norm=norm,
+        post_clip_norm=norm * factor,
+        threshold=bound,
+        clip_factor=factor,
+        clipped_count=_count_if(jnp.any(exceeded), stats.clipped_count),
+        nonfinite_count=_count_if(~jnp.all(finite), stats.nonfinite_count),
+        groups=groups,
+    )
+
+
+def _excess(norms: jax.Array, bounds: jax.Array) -> jax.Array:
+    """n / c, with 0 / 0 = 0; NaN counts as largest for `argmax`."""
+    return jnp.where(norms == 0, 0.0, norms / jnp.where(norms == 0, 1.0, bounds))
+
+
+def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:
+    return jnp.where(happened, optax.safe_increment(counter), counter)

@@ -1,0 +1,124 @@
+"""What happens to a gradient of norm n with bound c: rescale, soften, normalise, drop.
+
+A response is a factor for the gradient, a function of n and c. It is computed once a group
+and multiplied in: a division or a select over the leaves costs 2.3-3.3x Adam on CPU.
+"""
+
+import dataclasses
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.thresholds import check_bound
+
+
+@runtime_checkable
+class Response(Protocol):
+    """How a gradient answers to its bound."""
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        """What to multiply by. NaN where either is NaN; 0 removes the gradient."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescale:
+    """`min(1, c / (n + eps))`: onto the bound, exactly 1 inside it.
+
+    `eps=1e-6` is PyTorch's rule; `None` divides by n itself.
+    """
+
+    eps: Any = None
+
+    def __post_init__(self) -> None:
+        if self.eps is not None:
+            check_bound(self.eps, "eps")
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        if self.eps is None:
+            inside = norm <= bound
+            return jnp.where(inside, 1.0, bound / jnp.where(inside, 1.0, norm))
+        padded = norm + jnp.asarray(self.eps).astype(norm.dtype)
+        inside = padded <= bound
+        return jnp.where(inside, 1.0, bound / jnp.where(inside, 1.0, padded))
+
+
+@dataclasses.dataclass(frozen=True)
+class Soften:
+    """A smooth bound: the result approaches norm c but never passes it.
+
+    With r = n / c: `"rational"` 1 / (1 + r); `"sqrt"` 1 / sqrt(1 + r^2); `"tanh"`
+    tanh(r) / r.
+    """
+
+    shape: Literal["rational", "sqrt", "tanh"] = "rational"
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("rational", "sqrt", "tanh"):
+            raise ValueError(
+                f"unknown shape, got {self.shape!r}. Use 'rational', 'sqrt' or 'tanh'."
+            )
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        zero = norm == 0
+        ratio = jnp.where(zero, 0.0, norm / jnp.where(zero, 1.0, bound))
+        if self.shape == "rational":
+            return 1 / (1 + ratio)
+        if self.shape == "sqrt":
+            big = ratio > 1
+            # hypot(1, r) without overflow, with a finite derivative at 0
+            inside = jnp.sqrt(1 + jnp.square(jnp.where(big, 0.0, ratio)))
+            inverse = 1 / jnp.where(big, ratio, 1.0)
+            return jnp.where(big, inverse / jnp.sqrt(1 + jnp.square(inverse)), 1 / inside)
+        small = ratio < 1e-3  # tanh(r) / r = 1 - r^2 / 3 to float32 there
+        safe = jnp.where(small, 1.0, ratio)
+        return jnp.where(
+            small, 1 - jnp.square(jnp.where(small, ratio, 0.0)) / 3, jnp.tanh(safe) / safe
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """`c / (n + eps)`: onto the bound from both sides. A zero gradient stays zero."""
+
+    eps: Any = 0.0
+
+    def __post_init__(self) -> None:
+        check_bound(self.eps, "eps")
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        padded = norm + jnp.asarray(self.eps).astype(norm.dtype)
+        zero = padded == 0
+        return jnp.where(zero, 1.0, bound / jnp.where(zero, 1.0, padded))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """1 inside the bound, 0 beyond it."""
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        kept = jnp.where(norm <= bound, 1.0, 0.0)
+        return jnp.where(jnp.isnan(norm) | jnp.isnan(bound), jnp.nan, kept)
+
+
+_NAMED: dict[str, Response] = {
+    "rescale": Rescale(),
+    "rational": Soften("rational"),
+    "sqrt": Soften("sqrt"),
+    "tanh": Soften("tanh"),
+    "normalize": Normalize(),
+    "drop": Drop(),
+}
+
+
+def as_response(value: Any) -> Response:
+    """A response by its name, or `value` if it is one already."""
+    if isinstance(value, str) and value in _NAMED:
+        return _NAMED[value]
+    if isinstance(value, Response):
+        return value
+    raise ValueError(
+        f"unknown response, got {value!r}. Use one of {sorted(_NAMED)}, or an object with a"
+        " method factor(norm, bound)."
+    )

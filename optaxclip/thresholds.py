@@ -1,0 +1,181 @@
+"""How large a norm may be: a number, a schedule, a tree of either, the parameters' norm.
+
+A `Threshold` turns norms `[groups]` into bounds that broadcast against them. It may keep
+state of fixed shape, so that bounds can be learned from history.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip._leaves import Leaves, Tree
+from optaxclip.norms import Layout, Norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a threshold may look at besides the norms."""
+
+    count: jax.Array
+    """Steps taken before this one, an int32 scalar."""
+    norm: Norm
+    layout: Layout
+    updates: Leaves
+    params: Tree | None
+    extra_args: Mapping[str, Any]
+
+
+@runtime_checkable
+class Threshold(Protocol):
+    """Where the bound comes from."""
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        """The state before the first step: any tree of arrays whose shapes never change."""
+        ...
+
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
+        """Norms `[groups]` -> bounds that broadcast against them, and the next state."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Bounds the user gives: one for all groups, or a tree prefix (for labels, a dict).
+
+    Every entry is a number, a traced or concrete scalar array, or a schedule
+    `count -> bound`. A negative number raises; a negative array counts as 0.
+    """
+
+    bounds: Tree
+    argument: str = "threshold"
+
+    def __post_init__(self) -> None:
+        entries = jax.tree.leaves_with_path(self.bounds)
+        for key_path, bound in entries or [((), self.bounds)]:
+            check_bound(bound, self.argument + jax.tree_util.keystr(key_path))
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        del norm, params
+        return ()
+
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
+        def value(bound: Any) -> jax.Array:
+            bound = bound(context.count) if callable(bound) else bound
+            bound = jnp.asarray(bound).astype(norms.dtype)
+            if bound.ndim:
+                raise ValueError(
+                    f"{self.argument} must be scalars, got shape {bound.shape}. For one bound a"
+                    " leaf or label, pass a tree of scalars."
+                )
+            return bound
+
+        layout = context.layout
+        if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.bounds)):
+            return value(self.bounds), state
+        if context.norm.by == "group":
+            entries = self._by_label(layout)
+            return jnp.stack([value(entries[label]) for label in layout.names]), state
+        if context.norm.by == "global":
+            raise ValueError(
+                f"{self.argument} must be one bound for a global norm, got a tree:"
+                f" {self.bounds!r}. Use clip_by_leaf_norm or clip_by_group_norm for several."
+            )
+        per_leaf = context.updates.from_prefix(self.bounds, self.argument)
+        return layout.gather([value(b) for b in per_leaf]).astype(norms.dtype), state
+
+    def _by_label(self, layout: Layout) -> Mapping[str, Any]:
+        if not isinstance(self.bounds, Mapping):
+            raise TypeError(
+                f"{self.argument} must map labels to bounds, got {self.bounds!r}. Pass a dict"
+                f" with the keys {list(layout.names)}."
+            )
+        missing = [label for label in layout.names if label not in self.bounds]
+        unused = [label for label in self.bounds if label not in layout.names]
+        if missing or unused:
+            leaf = {
+                layout.names[start]: path
+                for path, start in zip(layout.paths, layout.starts, strict=True)
+            }
+            problem = (
+                f"label {missing[0]!r} (of {leaf[missing[0]]}) has no bound"
+                if missing
+                else f"bound {unused[0]!r} has no leaf with that label"
+            )
+            raise ValueError(
+                f"{problem}, got bounds for {sorted(self.bounds)} and leaves labelled"
+                f" {list(layout.names)}. Make the two agree; float('inf') leaves a group"
+                " unclipped."
+            )
+        return self.bounds
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamNorm:
+    """`ratio * max(||w||, eps)`: the same norm, taken of the parameters (arXiv 2102.06171)."""
+
+    ratio: Any
+    eps: Any = 1e-3
+
+    def __post_init__(self) -> None:
+        check_bound(self.ratio, "clipping")
+        check_bound(self.eps, "eps")
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        del norm, params
+        return ()
+
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
+        if context.params is None:
+            raise ValueError(
+                "a bound relative to the parameters needs params, got None. Call"
+                " tx.update(grads, state, params)."
+            )
+        params = context.norm.leaves(context.params)
+        shapes = [x.shape for x in params.arrays]
+        if params.paths != context.updates.paths or shapes != [
+            x.shape for x in context.updates.arrays
+        ]:
+            raise ValueError(
+                "params and updates must have the same leaves, got"
+                f" {_first_difference(params, context.updates)}. Pass the parameters the"
+                " gradient was taken for."
+            )
+        ratio, eps = (jnp.asarray(v).astype(norms.dtype) for v in (self.ratio, self.eps))
+        size = context.norm.measure(params, context.layout).astype(norms.dtype)
+        return ratio * jnp.maximum(size, eps), state
+
+
+def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
+    """`value` if it is a threshold already, else the bounds it gives."""
+    return value if isinstance(value, Threshold) else Given(value, argument)
+
+
+def check_bound(value: Any, argument: str, *, positive: bool = False) -> None:
+    """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
+    if callable(value) or isinstance(value, jax.Array | np.ndarray):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{argument} must be a number, a scalar array or a schedule, got {value!r}. Pass"
+            " for example 1.0 or optax.linear_schedule(...)."
+        )
+    number = float(value)
+    if math.isnan(number) or number < 0 or (positive and number == 0):
+        least = "> 0" if positive else ">= 0"
+        raise ValueError(
+            f"{argument} must be {least}, got {value!r}. Pass a bound {least};"
+            " float('inf') never clips."
+        )
+
+
+def _first_difference(params: Leaves, updates: Leaves) -> str:
+    for p, x, q, y in zip(params.paths, params.arrays, updates.paths, updates.arrays, strict=False):
+        if p != q or x.shape != y.shape:
+            return f"{p} {x.shape} in params and {q} {y.shape} in updates"
+    return f"{len(params.paths)} leaves in params and {len(updates.paths)} in updates"
