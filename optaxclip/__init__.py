@@ -18,5 +18,6 @@ from optaxclip.strategies import clip_by_unit_norm as clip_by_unit_norm
 from optaxclip.strategies import clip_by_value as clip_by_value
 from optaxclip.strategies import normalize as normalize
 from optaxclip.strategies import soft_clip as soft_clip
+from optaxclip.unit_axes import flax_unit_axes as flax_unit_axes
 
 __version__ = "0.1.0"

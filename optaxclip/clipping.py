@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._leaves import Leaves, Tree
-from optaxclip.norms import By, Layout, Norm, accumulator
+from optaxclip._leaves import Tree
+from optaxclip.norms import By, Layout, Norm, Slots, accumulator
 from optaxclip.responses import Rescale, Response, as_response
 from optaxclip.thresholds import Context, as_threshold
 
 NonFinite = Literal["propagate", "zero"]
 
 # Up to this many leaves, units or labelled groups are recorded one by one.
-_MAX_RECORDED_GROUPS = 256
+_MAX_RECORDED = 256
 
 
 @functools.partial(
@@ -149,21 +149,22 @@ def clip_by(
         leaves = measured.leaves(updates)
         layout = measured.layout(leaves)
         _check_same_groups(state.stats, layout)
-        norms = measured.measure(leaves, layout) if stats else jnp.zeros(layout.size, jnp.float32)
+        norms = measured.measure(leaves, layout) if stats else _unmeasured(layout)
         context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
         bounds, threshold_state = limit.bound(norms, state.threshold_state, context)
-        bounds = jnp.broadcast_to(jnp.maximum(bounds, 0.0), norms.shape)
-        factors = answer.factor(norms, bounds)
+        bounds = _non_negative(bounds)
         if measured.by == "element":
             arrays = [
                 _clip_elements(x, c, answer, nonfinite)
-                for x, c in zip(leaves.arrays, layout.spread(bounds), strict=True)
+                for x, c in zip(leaves.arrays, bounds, strict=True)
             ]
         else:
-            kept = jnp.isfinite(norms) if nonfinite == "zero" else None
-            factors = factors if kept is None else jnp.where(kept, factors, 0.0)
-            arrays = _multiply(leaves, layout, factors, kept)
-        new_stats = _record(state.stats, norms, bounds, factors, measured=stats)
+            arrays = [
+                _clip_leaf(x, norms[slot], bounds[slot], answer, nonfinite)
+                for x, slot in zip(leaves.arrays, layout.slots, strict=True)
+            ]
+        record = _record if stats else _record_nothing
+        new_stats = record(state.stats, norms, bounds, answer, nonfinite)
         return leaves.replace(arrays), ClipState(state.name, new_stats, threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -202,21 +203,26 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
     return found
 
 
-def _multiply(
-    leaves: Leaves, layout: Layout, factors: jax.Array, kept: jax.Array | None
-) -> list[jax.Array]:
-    """`x * factor` leaf by leaf, rounded once to the leaf's dtype; zeros where not kept."""
-    arrays = []
-    for x, factor in zip(leaves.arrays, layout.spread(factors), strict=True):
-        wide = accumulator(x.dtype)
-        x_wide = x if jnp.iscomplexobj(x) else x.astype(wide)
-        arrays.append((x_wide * factor.astype(wide)).astype(x.dtype))
-    if kept is not None:
-        arrays = [
-            jnp.where(k, x, jnp.zeros_like(x))
-            for k, x in zip(layout.spread(kept), arrays, strict=True)
-        ]
-    return arrays
+def _non_negative(bounds: Slots) -> Slots:
+    """Each bound or 0; NaN stays. One bound for all stays one array."""
+    clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
+    return tuple(clamped[id(bound)] for bound in bounds)
+
+
+def _unmeasured(layout: Layout) -> Slots:
+    return tuple(jnp.zeros(shape, jnp.float32) for shape in layout.unit_shapes)
+
+
+def _clip_leaf(
+    x: jax.Array, norm: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
+) -> jax.Array:
+    """`x * factor`, rounded once to the leaf's dtype."""
+    wide = accumulator(x.dtype)
+    factor = response.factor(norm, bound).astype(wide)
+    clipped = ((x if jnp.iscomplexobj(x) else x.astype(wide)) * factor).astype(x.dtype)
+    if nonfinite == "zero":
+        clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))
+    return clipped
 
 
 def _clip_elements(
@@ -237,7 +243,7 @@ def _clip_elements(
 
 def _empty_stats(norm: Norm, layout: Layout) -> ClipStats:
     groups = None
-    if norm.by in ("leaf", "unit", "group") and 1 < layout.size <= _MAX_RECORDED_GROUPS:
+    if norm.by in ("leaf", "unit", "group") and 1 < layout.size <= _MAX_RECORDED:
         groups = GroupStats(
             layout.names,
             jnp.zeros(layout.size, jnp.float32),
@@ -268,51 +274,66 @@ def _check_same_groups(stats: ClipStats, layout: Layout) -> None:
 
 
 def _record(
-    stats: ClipStats,
-    norms: jax.Array,
-    bounds: jax.Array,
-    factors: jax.Array,
-    *,
-    measured: bool,
+    stats: ClipStats, norms: Slots, bounds: Slots, response: Response, nonfinite: NonFinite
 ) -> ClipStats:
     count = optax.safe_increment(stats.count)
-    if norms.size == 0:
+    if not norms:
         return stats._replace(count=count)
-    norms, bounds, factors = (v.astype(jnp.float32) for v in (norms, bounds, factors))
-    if not measured:
-        unknown = jnp.full((), jnp.nan, jnp.float32)
-        uncounted = jnp.full((), -1, jnp.int32)
-        return ClipStats(
-            count, unknown, unknown, jnp.min(bounds), unknown, uncounted, uncounted, None
-        )
-    exceeded = norms > bounds
-    finite = jnp.isfinite(norms)
-    at = jnp.argmax(_excess(norms, bounds)) if norms.size > 1 else 0
-    norm, bound, factor = norms[at], bounds[at], factors[at]
+
+    def answer(norm: jax.Array, bound: jax.Array) -> jax.Array:
+        factor = response.factor(norm, bound)
+        return jnp.where(jnp.isfinite(norm), factor, 0.0) if nonfinite == "zero" else factor
+
+    norm, bound = _worst(norms, bounds)
+    factor = answer(norm, bound)
+    post = jnp.where(factor == 0, 0.0, norm * factor) if nonfinite == "zero" else norm * factor
     groups = stats.groups
     if groups is not None:
-        groups = GroupStats(
-            groups.names,
-            norms,
-            bounds,
-            factors,
-            _count_if(exceeded, groups.clipped_count),
-        )
+        n, c = _flat(norms), _flat(_broadcast(bounds, norms))
+        clipped_count = _count_if(n > c, groups.clipped_count)
+        groups = GroupStats(groups.names, n, c, answer(n, c), clipped_count)
     return ClipStats(
         count=count,
         pre_clip_norm=norm,
-        post_clip_norm=norm * factor,
+        post_clip_norm=post,
         threshold=bound,
         clip_factor=factor,
-        clipped_count=_count_if(jnp.any(exceeded), stats.clipped_count),
-        nonfinite_count=_count_if(~jnp.all(finite), stats.nonfinite_count),
+        clipped_count=_count_if(norm > bound, stats.clipped_count),
+        nonfinite_count=_count_if(~jnp.isfinite(norm), stats.nonfinite_count),
         groups=groups,
     )
 
 
-def _excess(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """n / c, with 0 / 0 = 0; NaN counts as largest for `argmax`."""
-    return jnp.where(norms == 0, 0.0, norms / jnp.where(norms == 0, 1.0, bounds))
+def _record_nothing(stats: ClipStats, norms: Slots, bounds: Slots, *_: Any) -> ClipStats:
+    count = optax.safe_increment(stats.count)
+    if not norms:
+        return stats._replace(count=count)
+    unknown = jnp.full((), jnp.nan, jnp.float32)
+    uncounted = jnp.full((), -1, jnp.int32)
+    least = jnp.min(_flat(bounds))
+    return ClipStats(count, unknown, unknown, least, unknown, uncounted, uncounted, None)
+
+
+def _worst(norms: Slots, bounds: Slots) -> tuple[jax.Array, jax.Array]:
+    """Norm and bound where n / c is largest; NaN and infinite norms come first."""
+    if all(bound is bounds[0] for bound in bounds) and bounds[0].ndim == 0:
+        return jnp.max(_flat(norms)), bounds[0].astype(jnp.float32)
+    n, c = _flat(norms), _flat(_broadcast(bounds, norms))
+    zero = n == 0
+    excess = jnp.where(zero, 0.0, n / jnp.where(zero, 1.0, c))
+    excess = jnp.where(jnp.isfinite(n), excess, jnp.where(jnp.isnan(n), n, jnp.inf))
+    at = jnp.argmax(excess)
+    return n[at], c[at]
+
+
+def _broadcast(bounds: Slots, norms: Slots) -> Slots:
+    return tuple(jnp.broadcast_to(c, n.shape) for c, n in zip(bounds, norms, strict=True))
+
+
+def _flat(slots: Slots) -> jax.Array:
+    """All slots in one float32 vector."""
+    vectors = [x.reshape(-1).astype(jnp.float32) for x in slots]
+    return vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
 
 
 def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:

@@ -80,7 +80,8 @@ def skip_nonfinite(
         updates: Tree, state: SkipNonfiniteState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, SkipNonfiniteState]:
         # A norm is finite exactly when every element is. XLA shares it with a clipper inside.
-        finite = jnp.isfinite(norm.measure(norm.leaves(updates))[0])
+        leaves = norm.leaves(updates)
+        finite = jnp.isfinite(norm.measure(leaves, norm.layout(leaves))[0])
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         nothing = jax.tree.map(jnp.zeros_like, new_updates)
         new_updates = _select(finite, new_updates, nothing)

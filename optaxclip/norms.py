@@ -1,12 +1,13 @@
 """What a clipper measures: float32-safe, overflow-safe, shard-aware norms of a tree.
 
-A `Norm` reads a tree of arrays and gives one vector of norms, `[groups]`: one entry for
-the whole tree, for each leaf, for each unit of each leaf (row, filter, head) or for each
-labelled group of leaves. A `Layout` is the static map between groups and leaves.
+A `Norm` reads the leaves of a tree and gives norms: one for the whole tree, for each leaf,
+for each unit of each leaf (row, filter, head), or for each labelled group of leaves. They
+come slot by slot: a slot is one leaf, or all the leaves that share a norm. Slots do not
+depend on one another, so that XLA can measure a leaf and update it while it is in cache.
 """
 
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -18,39 +19,45 @@ from jax import lax
 
 from optaxclip._compat import varying_axes
 from optaxclip._leaves import LeafFn, Leaves, Tree
+from optaxclip.unit_axes import UnitAxes, resolve
 
 By = Literal["element", "global", "leaf", "unit", "group"]
 AxisName = str | tuple[str, ...] | LeafFn | None
-UnitAxes = Literal["auto"] | int | tuple[int, ...] | LeafFn
+Slots = tuple[jax.Array, ...]
+"""One array a slot: a scalar, or one entry a unit, of a shape that broadcasts to the leaf."""
 
 L2: Any = np.int64(2)
 """The default `ord`: no `int`, so that `optax.inject_hyperparams` leaves it static."""
 
-# Same-shaped leaves of at most this many elements are added before they are reduced, this
-# many at a time: a norm over 1000 x 1024 in front of Adam then makes the step 1.13x Adam
-# and compiles in 6 s, against 1.44x and 9.4 s with one reduction a leaf (2 CPU cores).
-_SMALL_LEAF = 16_384
+# Up to this many elements are small: such a slot is measured in two passes over the cache, which
+# compile faster than a `cond` for the rare scales. Small leaves of one shape in one slot are
+# added before they are reduced, this many at a time: a global norm over 1000 x 1024 in front of
+# Adam is then 1.13x Adam and compiles in 6 s, against 1.44x and 9.4 s (2 CPU cores).
+_SMALL = 16_384
 _LEAVES_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the groups of a tree lie; made from shapes alone, so it is static under jit.
-
-    Leaf `i` owns `math.prod(unit_shapes[i])` consecutive groups from `starts[i]` on;
-    with `labels`, several leaves may own the same one.
-    """
+    """Which leaf belongs to which slot; made from shapes alone, so it is static under jit."""
 
     paths: tuple[str, ...]
-    starts: tuple[int, ...]
-    unit_shapes: tuple[tuple[int, ...], ...]
+    slots: tuple[int, ...]
+    """The slot of each leaf."""
     unit_axes: tuple[tuple[int, ...], ...]
-    size: int
+    """The axes to reduce, of each leaf."""
+    unit_shapes: tuple[tuple[int, ...], ...]
+    """The shape of each slot's norms."""
     labels: tuple[str, ...] | None = None
 
     @property
+    def size(self) -> int:
+        """How many norms there are: slots, or units."""
+        return sum(map(math.prod, self.unit_shapes))
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """One name a group: its label, its leaf's path, or `path[index of the unit]`."""
+        """One name a norm: the label, the leaf's path, or `path[index of the unit]`."""
         if self.labels is not None:
             return self.labels
         return tuple(
@@ -59,21 +66,13 @@ class Layout:
             for index in np.ndindex(*shape)
         )
 
-    def spread(self, values: jax.Array) -> list[jax.Array]:
-        """`[groups]` -> one array a leaf, broadcasting against it."""
-        return [
-            values[start : start + math.prod(shape)].reshape(shape)
-            for start, shape in zip(self.starts, self.unit_shapes, strict=True)
-        ]
-
-    def gather(self, per_leaf: list) -> jax.Array:
-        """One scalar a leaf -> float32 `[groups]`. For layouts without labels."""
-        return jnp.concatenate(
-            [
-                jnp.broadcast_to(jnp.asarray(x, jnp.float32), (math.prod(shape),))
-                for x, shape in zip(per_leaf, self.unit_shapes, strict=True)
-            ]
-        )
+    @property
+    def members(self) -> list[list[int]]:
+        """The leaves of each slot."""
+        members: list[list[int]] = [[] for _ in self.unit_shapes]
+        for leaf, slot in enumerate(self.slots):
+            members[slot].append(leaf)
+        return members
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,53 +137,50 @@ class Norm:
         return Leaves.of(tree, self.exclude)
 
     def layout(self, leaves: Leaves) -> Layout:
-        """The groups of the leaves. Raises when labels or unit axes do not fit them."""
-        arrays = leaves.arrays
-        whole = Layout(
-            paths=tuple(leaves.paths),
-            starts=(0,) * len(arrays),
-            unit_shapes=((),) * len(arrays),
-            unit_axes=tuple(tuple(range(x.ndim)) for x in arrays),
-            size=1,
-            labels=("global",),
-        )
+        """The slots of the leaves. Raises when labels or unit axes do not fit them."""
+        paths = tuple(leaves.paths)
+        every_axis = tuple(tuple(range(x.ndim)) for x in leaves.arrays)
         if self.by == "global":
-            return whole
+            return Layout(paths, (0,) * len(paths), every_axis, ((),), ("global",))
         if self.by == "group":
             found = self._labels_of(leaves)
             labels = tuple(sorted(set(found)))
-            starts = tuple(labels.index(label) for label in found)
-            return dataclasses.replace(whole, labels=labels, starts=starts, size=len(labels))
-        axes, shapes = whole.unit_axes, whole.unit_shapes
-        if self.by == "unit":
-            axes = tuple(leaves.map(lambda path, x: _unit_axes(self.unit_axes, path, x)))
-            shapes = tuple(
-                tuple(1 if i in a else d for i, d in enumerate(x.shape)) if len(a) < x.ndim else ()
-                for a, x in zip(axes, arrays, strict=True)
-            )
-        ends = tuple(itertools.accumulate(map(math.prod, shapes), initial=0))
-        return Layout(whole.paths, ends[:-1], shapes, axes, size=ends[-1])
+            slots = tuple(map(labels.index, found))
+            return Layout(paths, slots, every_axis, ((),) * len(labels), labels)
+        slots = tuple(range(len(paths)))
+        if self.by != "unit":
+            return Layout(paths, slots, every_axis, ((),) * len(paths))
+        axes = tuple(leaves.map(functools.partial(resolve, self.unit_axes)))
+        shapes = tuple(
+            tuple(1 if i in a else d for i, d in enumerate(x.shape)) if len(a) < x.ndim else ()
+            for a, x in zip(axes, leaves.arrays, strict=True)
+        )
+        return Layout(paths, slots, axes, shapes)
 
-    def measure(self, leaves: Leaves, layout: Layout | None = None) -> jax.Array:
-        """The norms, `[groups]`, float32 (float64 if a leaf is float64).
+    def measure(self, leaves: Leaves, layout: Layout) -> Slots:
+        """The norms, slot by slot, in float32 (float64 if a leaf of the tree is float64).
 
         For `by="element"` the largest modulus of each leaf.
         """
-        layout = self.layout(leaves) if layout is None else layout
-        if not leaves.arrays:
-            return jnp.zeros(layout.size, jnp.float32)
-        reduction = _Reduction(leaves.arrays, leaves.map(self._mesh_axes), layout)
+        dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in leaves.arrays})
         order = math.inf if self.by == "element" else self.ord
-        if order == math.inf:
-            return reduction.max()
-        if order == 1:
-            return _rescaled(reduction, jnp.abs, lambda s: s)
-        if order == 2:
-            return _rescaled(reduction, _abs_sq, _sqrt)
-        if order == "rms":
-            counts = reduction.counts()
-            return _rescaled(reduction, _abs_sq, lambda s: _sqrt(s / counts))
-        return _p_norm(reduction, float(order))
+        mesh = leaves.map(self._mesh_axes)
+        parts: dict[tuple[str, ...], dict[int, jax.Array]] = {}
+        for slot, members in enumerate(layout.members):
+            shape = layout.unit_shapes[slot]
+            count = _elements(leaves, mesh, members) // math.prod(shape)
+            for axes in sorted({mesh[i] for i in members}):
+                terms = [
+                    _Terms(leaves.arrays[i], layout.unit_axes[i], shape)
+                    for i in members
+                    if mesh[i] == axes
+                ]
+                parts.setdefault(axes, {})[slot] = _norm(terms, order, count, dtype)
+        nothing = jnp.zeros((), dtype)
+        if any(parts):
+            return _over_mesh(parts, order, layout, dtype)
+        local = parts.get((), {})
+        return tuple(local.get(slot, nothing) for slot in range(len(layout.unit_shapes)))
 
     def _labels_of(self, leaves: Leaves) -> list[str]:
         if callable(self.labels):
@@ -216,120 +212,155 @@ class Norm:
         return tuple(a for a in axes if a in varying) if varying else axes
 
 
-class _Reduction:
-    """Sums and maxima over each group, across the mesh too: the only passes over the data."""
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    """A leaf to be reduced over `axes` to `shape`."""
 
-    def __init__(self, arrays: list[jax.Array], mesh: list[tuple[str, ...]], layout: Layout):
-        self.arrays, self.mesh, self.layout = arrays, mesh, layout
-        wide = any(accumulator(x.dtype) == jnp.float64 for x in arrays)
-        self.dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
+    x: jax.Array
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
 
-    def sum(
-        self, term: Callable[[jax.Array], jax.Array], scale: jax.Array | None = None
-    ) -> jax.Array:
-        """`sum term(x * scale)` over each group; `scale` is `[groups]`."""
-        terms = [_widen(x, self.dtype) for x in self.arrays]
-        if scale is not None:
-            terms = [x * s for x, s in zip(terms, self.layout.spread(scale), strict=True)]
-        terms = [term(x) for x in terms]
-        parts = []
-        for first, *others in self._summed_together():
-            added = sum((terms[i] for i in others), start=terms[first])
-            parts.append((first, jnp.sum(added, axis=self.layout.unit_axes[first])))
-        return self._over_groups(parts, jnp.sum, jnp.add, lax.psum)
-
-    def max(self) -> jax.Array:
-        """`max |x|` over each group; NaN wins."""
-        parts = [
-            (i, jnp.max(jnp.abs(x), axis=axes).astype(self.dtype))
-            for i, (x, axes) in enumerate(zip(self.arrays, self.layout.unit_axes, strict=True))
-        ]
-        return self._over_groups(parts, jnp.max, jnp.maximum, lax.pmax)
-
-    def counts(self) -> np.ndarray:
-        """Elements of each group on the whole mesh."""
-        counts = np.zeros(self.layout.size, self.dtype)
-        for x, mesh, start, shape in zip(
-            self.arrays, self.mesh, self.layout.starts, self.layout.unit_shapes, strict=True
-        ):
-            units = math.prod(shape)
-            devices = math.prod(lax.axis_size(axis) for axis in mesh)
-            counts[start : start + units] += x.size // units * devices
-        return counts
-
-    def _summed_together(self) -> list[list[int]]:
-        """Leaves to add elementwise and reduce once: small, of one shape, in one group.
-
-        With one device only. On a mesh, leaves of one shape may be sharded in different
-        ways, and adding them would move them between devices.
-        """
-        if self.layout.labels is None or jax.device_count() > 1:
-            return [[i] for i in range(len(self.arrays))]
-        alike: dict[Any, list[int]] = {}
-        for i, x in enumerate(self.arrays):
-            key = (x.shape, self.layout.starts[i]) if x.size <= _SMALL_LEAF else i
-            alike.setdefault(key, []).append(i)
-        return [
-            members[k : k + _LEAVES_AT_ONCE]
-            for members in alike.values()
-            for k in range(0, len(members), _LEAVES_AT_ONCE)
-        ]
-
-    def _over_groups(self, parts: list[tuple[int, jax.Array]], fold, join, over_mesh) -> jax.Array:
-        """One value a leaf -> `[groups]`, with one collective for each set of mesh axes."""
-        of_mesh: dict[tuple[str, ...], list[tuple[int, jax.Array]]] = {}
-        for i, part in parts:
-            of_mesh.setdefault(self.mesh[i], []).append((i, part))
-        vectors = []
-        for axes, members in of_mesh.items():
-            vector = self._by_group(members, fold)
-            vectors.append(over_mesh(vector, axes) if axes else vector)
-        total = vectors[0]
-        for vector in vectors[1:]:
-            total = join(total, vector)
-        return total
-
-    def _by_group(self, parts: list[tuple[int, jax.Array]], fold) -> jax.Array:
-        of_group: dict[int, list[jax.Array]] = {}
-        for i, part in parts:
-            of_group.setdefault(self.layout.starts[i], []).append(part.reshape(-1))
-        pieces, at = [], 0
-        for start, members in sorted(of_group.items()):
-            if start > at:  # groups without a leaf on these mesh axes
-                pieces.append(jnp.zeros(start - at, self.dtype))
-            pieces.append(members[0] if len(members) == 1 else fold(jnp.stack(members), axis=0))
-            at = start + pieces[-1].size
-        if at < self.layout.size:
-            pieces.append(jnp.zeros(self.layout.size - at, self.dtype))
-        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    def wide(self, dtype: Any) -> jax.Array:
+        if jnp.iscomplexobj(self.x):
+            return self.x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+        return self.x.astype(dtype)
 
 
-def _rescaled(reduction: _Reduction, term: Callable, root: Callable) -> jax.Array:
-    """`root(sum term(x))`, taken again with a power-of-two scale where the sum left its range."""
-    double = reduction.dtype == jnp.float64
-    # With these, the square of any finite number, scaled, is in range again.
-    up, tiny = (2.0**560, 2.0**-420) if double else (2.0**80, 2.0**-60)
-    largest = jnp.finfo(reduction.dtype).max
-    total = reduction.sum(term)
-    low, high = total < tiny, jnp.isinf(total)
-    # Units are often all zero (rows of an embedding), so zeros cost a second pass elsewhere only.
-    suspect = low & (total > 0) if any(reduction.layout.unit_shapes) else low
+def _norm(leaves: list[_Terms], order: Any, count: int, dtype: Any) -> jax.Array:
+    """The norm of some leaves on this device; for "rms" their share of it, over `count`."""
+    if order == math.inf:
+        parts = [jnp.max(jnp.abs(t.x), axis=t.axes).reshape(t.shape) for t in leaves]
+        return functools.reduce(jnp.maximum, [part.astype(dtype) for part in parts])
+    term, root = _power(order, count)
 
-    def again(total: jax.Array) -> jax.Array:
-        scale = jnp.where(high, 1 / up, jnp.where(low, up, 1.0)).astype(reduction.dtype)
-        norm = root(reduction.sum(term, lax.stop_gradient(scale)))
-        return jnp.where(jnp.isfinite(norm), jnp.minimum(norm / scale, largest), norm)
+    def scaled() -> jax.Array:
+        """By way of x / max |x|, whose powers neither overflow nor vanish."""
+        largest = lax.stop_gradient(_norm(leaves, math.inf, count, dtype))
+        usable = (largest > 0) & (largest < jnp.inf)
+        scale = 1 / jnp.where(usable, jnp.clip(largest, 2.0**-126, 2.0**126), 1.0)
+        norm = root(_sum(leaves, term, dtype, scale)) / scale
+        return jnp.where(usable, jnp.minimum(norm, jnp.finfo(dtype).max), largest)
 
-    return lax.cond(jnp.any(suspect | high), again, root, total)
+    small = sum(t.x.size for t in leaves) <= _SMALL
+    if small or order not in (1, 2, "rms"):
+        return scaled()
+    total = _sum(leaves, term, dtype)
+    # Units are often all zero (rows of an embedding): zeros cost a second pass elsewhere only.
+    suspect = _vanishing(total) & (total > 0) if leaves[0].shape else _vanishing(total)
+    return lax.cond(jnp.any(suspect | jnp.isinf(total)), scaled, lambda: root(total))
 
 
-def _p_norm(reduction: _Reduction, p: float) -> jax.Array:
-    largest = lax.stop_gradient(reduction.max())
-    usable = jnp.isfinite(largest) & (largest > 0)
-    scale = 1 / jnp.where(usable, jnp.clip(largest, 2.0**-126, 2.0**126), 1.0)
-    total = reduction.sum(lambda x: jnp.abs(x) ** p, scale)
-    norm = jnp.where(usable, total, 1.0) ** (1 / p) / scale
-    return jnp.where(usable, jnp.minimum(norm, jnp.finfo(reduction.dtype).max), largest)
+def _power(order: Any, count: int) -> tuple[Callable, Callable]:
+    """The terms of a norm's sum, and the norm as a function of that sum."""
+    if order == 1:
+        return jnp.abs, lambda total: total
+    if order == 2:
+        return _abs_sq, _sqrt
+    if order == "rms":
+        return _abs_sq, lambda total: _sqrt(total / count)
+    p = float(order)
+
+    def root(total: jax.Array) -> jax.Array:
+        positive = total > 0
+        return jnp.where(positive, jnp.where(positive, total, 1.0) ** (1 / p), total)
+
+    return lambda x: jnp.abs(x) ** p, root
+
+
+def _vanishing(total: jax.Array) -> jax.Array:
+    """Whether terms of a sum of squares may have underflowed."""
+    return total < (2.0**-420 if total.dtype == jnp.float64 else 2.0**-60)
+
+
+def _sum(
+    leaves: list[_Terms], term: Callable, dtype: Any, scale: jax.Array | None = None
+) -> jax.Array:
+    """`sum term(x * scale)` over the leaves, reduced to their shape."""
+
+    def wide_term(t: _Terms) -> jax.Array:
+        return term(t.wide(dtype) if scale is None else t.wide(dtype) * scale)
+
+    sums = []
+    for first, *others in _added_first(leaves):
+        added = sum(map(wide_term, others), start=wide_term(first))
+        sums.append(jnp.sum(added, axis=first.axes).reshape(first.shape))
+    return sums[0] if len(sums) == 1 else jnp.sum(jnp.stack(sums), axis=0)
+
+
+def _added_first(leaves: list[_Terms]) -> list[list[_Terms]]:
+    """Leaves to add elementwise and reduce once: small and of one shape.
+
+    With one device only. On a mesh, leaves of one shape may be sharded in different ways,
+    and adding them would move them between devices.
+    """
+    if jax.device_count() > 1:
+        return [[t] for t in leaves]
+    alike: dict[Any, list[_Terms]] = {}
+    for i, t in enumerate(leaves):
+        alike.setdefault(t.x.shape if t.x.size <= _SMALL else i, []).append(t)
+    return [
+        members[k : k + _LEAVES_AT_ONCE]
+        for members in alike.values()
+        for k in range(0, len(members), _LEAVES_AT_ONCE)
+    ]
+
+
+def _over_mesh(
+    parts: dict[tuple[str, ...], dict[int, jax.Array]], order: Any, layout: Layout, dtype: Any
+) -> Slots:
+    """Norms of the parts that devices hold -> norms of the whole: one collective a mesh axis set.
+
+    Each part is in range already; only scalars travel.
+    """
+    shapes = layout.unit_shapes
+    vectors = {
+        axes: jnp.concatenate(
+            [
+                part[slot].reshape(-1) if slot in part else jnp.zeros(math.prod(shape), dtype)
+                for slot, shape in enumerate(shapes)
+            ]
+        )
+        for axes, part in parts.items()
+    }
+
+    def all_reduce(pack: Callable, collective: Callable, join: Callable) -> jax.Array:
+        packed = [collective(pack(v), axes) if axes else pack(v) for axes, v in vectors.items()]
+        return functools.reduce(join, packed)
+
+    def largest() -> jax.Array:
+        return all_reduce(lambda v: v, lax.pmax, jnp.maximum)
+
+    if order == math.inf:
+        norms = largest()
+    elif order in (1, 2, "rms"):
+        term, root = _power(1 if order == 1 else 2, 1)
+        scales = _scales(dtype)
+        sums = all_reduce(lambda v: term(v * scales[:, None]), lax.psum, jnp.add)
+        norms = _best(sums, scales, root)
+    else:
+        term, root = _power(order, 1)
+        unit = largest()
+        unit = lax.stop_gradient(jnp.where((unit > 0) & (unit < jnp.inf), unit, 1.0))
+        norms = unit * root(all_reduce(lambda v: term(v / unit), lax.psum, jnp.add))
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    pieces = jnp.split(norms, ends)
+    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+
+def _scales(dtype: Any) -> np.ndarray:
+    """1, and two powers of two that bring the square of any finite number into range."""
+    low, high = (-560, 540) if dtype == jnp.float64 else (-80, 64)
+    return np.asarray([1.0, 2.0**low, 2.0**high], dtype)
+
+
+def _best(sums: jax.Array, scales: np.ndarray, root: Callable) -> jax.Array:
+    """The norm from its sums at three scales: the unscaled one unless that left its range."""
+    small, big = _vanishing(sums[0]), jnp.isinf(sums[0])
+    total = jnp.where(small, sums[2], jnp.where(big, sums[1], sums[0]))
+    norm = root(total)
+    scaled = norm / jnp.where(small, scales[2], jnp.where(big, scales[1], scales[0]))
+    largest = jnp.finfo(norm.dtype).max
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(scaled, largest), norm)
 
 
 def _abs_sq(x: jax.Array) -> jax.Array:
@@ -346,10 +377,11 @@ def accumulator(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32)
 
 
-def _widen(x: jax.Array, dtype: Any) -> jax.Array:
-    if jnp.iscomplexobj(x):
-        return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
-    return x.astype(dtype)
+def _elements(leaves: Leaves, mesh: list[tuple[str, ...]], members: list[int]) -> int:
+    """How many elements the members have on the whole mesh."""
+    return sum(
+        leaves.arrays[i].size * math.prod(lax.axis_size(axis) for axis in mesh[i]) for i in members
+    )
 
 
 def _check_ord(ord: Any) -> None:
@@ -363,31 +395,3 @@ def _check_ord(ord: Any) -> None:
         raise ValueError(
             f"unknown ord, got {ord!r}. Use 1, 2, a finite p >= 1, float('inf') or 'rms'."
         )
-
-
-def _unit_axes(unit_axes: Any, path: str, x: jax.Array) -> tuple[int, ...]:
-    """The axes that units of `x` span, as non-negative integers."""
-    if callable(unit_axes):
-        unit_axes = unit_axes(path, x)
-    if isinstance(unit_axes, str) and unit_axes == "auto":
-        return _auto_unit_axes(path, x)
-    axes = (unit_axes,) if isinstance(unit_axes, int) else tuple(unit_axes)
-    if not all(isinstance(a, int) and -x.ndim <= a < x.ndim for a in axes):
-        raise ValueError(
-            f"unit_axes must be axes of the leaf, got {unit_axes!r} for shape {x.shape} at"
-            f" {path}. Use a function (path, leaf) -> axes where ranks differ."
-        )
-    return tuple(sorted({a % x.ndim for a in axes}))
-
-
-def _auto_unit_axes(path: str, x: jax.Array) -> tuple[int, ...]:
-    if sum(d != 1 for d in x.shape) <= 1:
-        return tuple(range(x.ndim))
-    if x.ndim in (2, 3):
-        return (0,)
-    if x.ndim in (4, 5):
-        return tuple(range(x.ndim - 1))
-    raise ValueError(
-        f"unit_axes='auto' knows ranks up to 5, got shape {x.shape} at {path}. Pass a function"
-        " (path, leaf) -> axes."
-    )

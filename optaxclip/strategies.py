@@ -11,9 +11,10 @@ import optax
 
 from optaxclip._leaves import LeafFn, Tree
 from optaxclip.clipping import NonFinite, clip_by
-from optaxclip.norms import L2, AxisName, Norm, UnitAxes
+from optaxclip.norms import L2, AxisName, Norm
 from optaxclip.responses import Normalize, Rescale, Soften
 from optaxclip.thresholds import ParamNorm, as_threshold
+from optaxclip.unit_axes import UnitAxes
 
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
 

@@ -1,7 +1,7 @@
 """How large a norm may be: a number, a schedule, a tree of either, the parameters' norm.
 
-A `Threshold` turns norms `[groups]` into bounds that broadcast against them. It may keep
-state of fixed shape, so that bounds can be learned from history.
+A `Threshold` turns norms, slot by slot (see `norms`), into bounds. It may keep state of fixed
+shape, so that bounds can be learned from history.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip.norms import Layout, Norm
+from optaxclip.norms import Layout, Norm, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Threshold(Protocol):
         """The state before the first step: any tree of arrays whose shapes never change."""
         ...
 
-    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
-        """Norms `[groups]` -> bounds that broadcast against them, and the next state."""
+    def bound(self, norms: Slots, state: Tree, context: Context) -> tuple[Slots, Tree]:
+        """The bound of each slot, broadcasting against its norms, and the next state."""
         ...
 
 
@@ -64,30 +64,29 @@ class Given:
         del norm, params
         return ()
 
-    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
-        def value(bound: Any) -> jax.Array:
-            bound = bound(context.count) if callable(bound) else bound
-            bound = jnp.asarray(bound).astype(norms.dtype)
+    def bound(self, norms: Slots, state: Tree, context: Context) -> tuple[Slots, Tree]:
+        def scalar(bound: Any) -> jax.Array:
+            bound = jnp.asarray(bound(context.count) if callable(bound) else bound)
             if bound.ndim:
                 raise ValueError(
                     f"{self.argument} must be scalars, got shape {bound.shape}. For one bound a"
                     " leaf or label, pass a tree of scalars."
                 )
-            return bound
+            return bound.astype(jnp.float32 if not norms else norms[0].dtype)
 
-        layout = context.layout
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.bounds)):
-            return value(self.bounds), state
+            return (scalar(self.bounds),) * len(norms), state
+        layout = context.layout
         if context.norm.by == "group":
-            entries = self._by_label(layout)
-            return jnp.stack([value(entries[label]) for label in layout.names]), state
+            bounds = self._by_label(layout)
+            return tuple(scalar(bounds[label]) for label in layout.names), state
         if context.norm.by == "global":
             raise ValueError(
                 f"{self.argument} must be one bound for a global norm, got a tree:"
                 f" {self.bounds!r}. Use clip_by_leaf_norm or clip_by_group_norm for several."
             )
         per_leaf = context.updates.from_prefix(self.bounds, self.argument)
-        return layout.gather([value(b) for b in per_leaf]).astype(norms.dtype), state
+        return tuple(scalar(bound) for bound in per_leaf), state
 
     def _by_label(self, layout: Layout) -> Mapping[str, Any]:
         if not isinstance(self.bounds, Mapping):
@@ -98,15 +97,10 @@ class Given:
         missing = [label for label in layout.names if label not in self.bounds]
         unused = [label for label in self.bounds if label not in layout.names]
         if missing or unused:
-            leaf = {
-                layout.names[start]: path
-                for path, start in zip(layout.paths, layout.starts, strict=True)
-            }
-            problem = (
-                f"label {missing[0]!r} (of {leaf[missing[0]]}) has no bound"
-                if missing
-                else f"bound {unused[0]!r} has no leaf with that label"
-            )
+            problem = f"bound {unused[0]!r} has no leaf with that label" if unused else ""
+            if missing:
+                leaf = layout.paths[layout.members[layout.names.index(missing[0])][0]]
+                problem = f"label {missing[0]!r} (of {leaf}) has no bound"
             raise ValueError(
                 f"{problem}, got bounds for {sorted(self.bounds)} and leaves labelled"
                 f" {list(layout.names)}. Make the two agree; float('inf') leaves a group"
@@ -130,7 +124,7 @@ class ParamNorm:
         del norm, params
         return ()
 
-    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
+    def bound(self, norms: Slots, state: Tree, context: Context) -> tuple[Slots, Tree]:
         if context.params is None:
             raise ValueError(
                 "a bound relative to the parameters needs params, got None. Call"
@@ -146,9 +140,13 @@ class ParamNorm:
                 f" {_first_difference(params, context.updates)}. Pass the parameters the"
                 " gradient was taken for."
             )
-        ratio, eps = (jnp.asarray(v).astype(norms.dtype) for v in (self.ratio, self.eps))
-        size = context.norm.measure(params, context.layout).astype(norms.dtype)
-        return ratio * jnp.maximum(size, eps), state
+
+        def bound(norm: jax.Array, size: jax.Array) -> jax.Array:
+            ratio, eps = (jnp.asarray(v).astype(norm.dtype) for v in (self.ratio, self.eps))
+            return ratio * jnp.maximum(size.astype(norm.dtype), eps)
+
+        sizes = context.norm.measure(params, context.layout)
+        return tuple(map(bound, norms, sizes)), state
 
 
 def as_threshold(value: Any, argument: str = "threshold") -> Threshold:

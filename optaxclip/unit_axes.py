@@ -1,0 +1,87 @@
+"""Which axes of a parameter one unit (row, filter, head) spans: by rank, or by Flax's names."""
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import jax
+
+from optaxclip._leaves import LeafFn
+
+UnitAxes = Literal["auto"] | int | tuple[int, ...] | LeafFn
+
+
+def resolve(unit_axes: UnitAxes, path: str, x: Any) -> tuple[int, ...]:
+    """The axes that units of `x` span, non-negative and sorted."""
+    given: Any = unit_axes(path, x) if callable(unit_axes) else unit_axes
+    if isinstance(given, str) and given == "auto":
+        return by_rank(path, x)
+    axes = (given,) if isinstance(given, int) else tuple(given)
+    if not all(isinstance(a, int) and -x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(
+            f"unit_axes must be axes of the leaf, got {given!r} for shape {x.shape} at"
+            f" {path}. Use a function (path, leaf) -> axes where ranks differ."
+        )
+    return tuple(sorted({a % x.ndim for a in axes}))
+
+
+def by_rank(path: str, x: Any) -> tuple[int, ...]:
+    """Optax's rule: vectors whole, rank 2 and 3 over axis 0, 4 and 5 over all but the last."""
+    if sum(d != 1 for d in x.shape) <= 1:
+        return tuple(range(x.ndim))
+    if x.ndim in (2, 3):
+        return (0,)
+    if x.ndim in (4, 5):
+        return tuple(range(x.ndim - 1))
+    raise ValueError(
+        f"unit_axes='auto' knows ranks up to 5, got shape {x.shape} at {path}. Pass a function"
+        " (path, leaf) -> axes, such as optaxclip.flax_unit_axes."
+    )
+
+
+def flax_unit_axes(path: str, leaf: jax.Array, *, scanned: Collection[str] = ()) -> tuple[int, ...]:
+    """The axes one unit spans, for parameters named as Flax (Linen and NNX) names them.
+
+    | parameter | shape | a unit is | axes |
+    | --- | --- | --- | --- |
+    | Dense, Linear kernel | (in, out) | one output | 0 |
+    | attention query, key, value kernel | (d, heads, head_dim) | one output of one head | 0 |
+    | attention out kernel | (heads, head_dim, d) | one output | 0, 1 |
+    | DenseGeneral, LinearGeneral kernel | (in, ..., out) | one output | 0 |
+    | Conv, ConvTranspose kernel | (*window, in, out) | one filter | all but the last |
+    | Embed embedding | (vocabulary, d) | one row | -1 |
+    | bias, scale and any other vector | (d,) or (heads, head_dim) | the whole | all |
+
+    A kernel of rank 3 is taken for a convolution if the name of its module contains "conv",
+    else for a general dense layer; of rank 4 and more, for a convolution unless the module's
+    name contains "dense", "linear" or is that of an attention projection.
+
+    Args:
+      path: the leaf's path, such as `"block/attention/out/kernel"`.
+      leaf: the parameter.
+      scanned: names in the path below which parameters are stacked over layers along axis 0
+        (`nnx.scan`, `nn.scan` with a name); each layer then has its own units. Names that
+        begin with "Scan", as `nn.scan` gives by default, are known. Bind it with
+        `functools.partial(flax_unit_axes, scanned=("layers",))`.
+
+    Returns:
+      The axes, for `unit_axes=` of `agc` and `clip_by_unit_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> optaxclip.flax_unit_axes("attention/out/kernel", jnp.zeros((4, 8, 32)))
+      (0, 1)
+    """
+    names = [n for n in path.split("/") if n not in ("value", "raw_value")]
+    stacked = any(n.startswith("Scan") or n in scanned for n in names)
+    axes = tuple(range(int(stacked), leaf.ndim))
+    name, module = names[-1], (names[-2] if len(names) > 1 else "").lower()
+    if name == "embedding":
+        return axes[-1:]
+    if name != "kernel" or len(axes) < 2:
+        return axes
+    if module == "out" and len(axes) == 3:
+        return axes[:-1]
+    dense = module in ("query", "key", "value") or "dense" in module or "linear" in module
+    if len(axes) == 2 or dense or (len(axes) == 3 and "conv" not in module):
+        return axes[:1]
+    return axes[:-1]
