@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
-from optaxclip.norms import By, Layout, Norm, Slots, accumulator
+from optaxclip.norms import By, Layout, Norm, Slots, accumulator, times
 from optaxclip.responses import Rescale, Response, as_response
 from optaxclip.thresholds import Context, as_threshold
 
@@ -53,7 +54,7 @@ class ClipStats(NamedTuple):
     clip_factor: jax.Array
     """What the gradient was multiplied by; 1 if it was left alone."""
     clipped_count: jax.Array
-    """Steps on which some group exceeded its bound."""
+    """Steps on which some group was not within its bound (NaN never is)."""
     nonfinite_count: jax.Array
     """Steps on which some element was NaN or infinite."""
     groups: GroupStats | None = None
@@ -99,7 +100,7 @@ def clip_by(
         to NaN. `"zero"`: the group becomes zeros (for elements, just these elements). Either
         way the step is counted. To drop the whole step use `skip_nonfinite`.
       stats: False leaves the statistics out, for elementwise clippers alone, where measuring
-        costs a pass over the gradient; counters are then -1 and norms NaN.
+        costs a pass over the gradient; norms, factor and counters are then -1.
       name: how `clip_stats` calls this clipper.
 
     Returns:
@@ -111,9 +112,10 @@ def clip_by(
       TypeError: a leaf that is no array; a bound that is no number.
 
     Guarantees:
-      A group inside its bound comes out bit for bit. A rescaled group of float32 or wider
-      has norm <= c (1 + 1e-6), one of 16 bits c (1 + eps of its dtype). A bound of 0 gives
-      zeros. The derivative is finite everywhere, also at zero.
+      A group inside its bound comes out bit for bit (but XLA may flush subnormal numbers).
+      A rescaled group of float32 or wider has norm <= c (1 + 1e-6), one of 16 bits
+      c (1 + eps of its dtype), for norms up to 1e37 c. A bound of 0 gives zeros. The
+      derivative is finite, also at zero.
 
     Edge cases:
       A traced bound below 0 counts as 0; a NaN bound makes the updates NaN. Integer, float0,
@@ -153,18 +155,18 @@ def clip_by(
         context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
         bounds, threshold_state = limit.bound(norms, state.threshold_state, context)
         bounds = _non_negative(bounds)
-        if measured.by == "element":
-            arrays = [
-                _clip_elements(x, c, answer, nonfinite)
-                for x, c in zip(leaves.arrays, bounds, strict=True)
-            ]
-        else:
-            arrays = [
-                _clip_leaf(x, norms[slot], bounds[slot], answer, nonfinite)
-                for x, slot in zip(leaves.arrays, layout.slots, strict=True)
-            ]
+
+        def clip(x: jax.Array, norm: jax.Array, bound: jax.Array) -> jax.Array:
+            if measured.by == "element":
+                return _clip_elements(x, bound, answer, nonfinite)
+            return _clip_leaf(x, norm, bound, answer, nonfinite)
+
+        arrays = [
+            clip(x, norms[slot], bounds[slot])
+            for x, slot in zip(leaves.arrays, layout.slots, strict=True)
+        ]
         record = _record if stats else _record_nothing
-        new_stats = record(state.stats, norms, bounds, answer, nonfinite)
+        new_stats = record(state.stats, norms, bounds, answer, clip)
         return leaves.replace(arrays), ClipState(state.name, new_stats, threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -199,8 +201,17 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
             key, repeat = node.name, 2
             while key in found:
                 key, repeat = f"{node.name}_{repeat}", repeat + 1
-            found[key] = node.stats
+            found[key] = _unwrapped(node.stats)
     return found
+
+
+def _unwrapped(stats: ClipStats) -> ClipStats:
+    """Flax NNX wraps each array of a state in a variable, a node with one leaf."""
+    fields = {k: jax.tree.leaves(x)[0] for k, x in stats._asdict().items() if k != "groups"}
+    groups = stats.groups
+    if groups is not None:
+        groups = GroupStats(groups.names, *jax.tree.leaves(groups))
+    return stats._replace(**fields, groups=groups)
 
 
 def _non_negative(bounds: Slots) -> Slots:
@@ -216,10 +227,7 @@ def _unmeasured(layout: Layout) -> Slots:
 def _clip_leaf(
     x: jax.Array, norm: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
 ) -> jax.Array:
-    """`x * factor`, rounded once to the leaf's dtype."""
-    wide = accumulator(x.dtype)
-    factor = response.factor(norm, bound).astype(wide)
-    clipped = ((x if jnp.iscomplexobj(x) else x.astype(wide)) * factor).astype(x.dtype)
+    clipped = _scale(x, response.factor(norm, bound))
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))
     return clipped
@@ -233,12 +241,16 @@ def _clip_elements(
         clipped = jnp.clip(x, -bound, bound)
     else:
         modulus = jnp.abs(x).astype(accumulator(x.dtype))
-        factor = response.factor(modulus, bound.astype(modulus.dtype))
-        clipped = (x if jnp.iscomplexobj(x) else x.astype(factor.dtype)) * factor
-        clipped = clipped.astype(x.dtype)
+        clipped = _scale(x, response.factor(modulus, bound.astype(modulus.dtype)))
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(x), clipped, jnp.zeros_like(x))
     return clipped
+
+
+def _scale(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x * factor`, rounded once to the leaf's dtype."""
+    wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
+    return times(wide, factor).astype(x.dtype)
 
 
 def _empty_stats(norm: Norm, layout: Layout) -> ClipStats:
@@ -265,40 +277,41 @@ def _empty_stats(norm: Norm, layout: Layout) -> ClipStats:
 
 def _check_same_groups(stats: ClipStats, layout: Layout) -> None:
     if stats.groups is not None and stats.groups.names != layout.names:
-        then, now = set(stats.groups.names), set(layout.names)
+        then, now = stats.groups.names, layout.names
+        differing = (name for name in (*now, *then) if name not in now or name not in then)
         raise ValueError(
-            "updates must have the groups that init saw, got"
-            f" {sorted(now - then) or 'none'} new and {sorted(then - now) or 'none'} missing."
-            " Call init with the tree the gradient is taken for."
+            f"updates must have the groups that init saw, got {len(now)} for {len(then)}, and"
+            f" {next(differing, 'their order')} differs. Call init with the tree the gradient is"
+            " taken for."
         )
 
 
 def _record(
-    stats: ClipStats, norms: Slots, bounds: Slots, response: Response, nonfinite: NonFinite
+    stats: ClipStats, norms: Slots, bounds: Slots, response: Response, clip: Callable
 ) -> ClipStats:
     count = optax.safe_increment(stats.count)
     if not norms:
         return stats._replace(count=count)
 
     def answer(norm: jax.Array, bound: jax.Array) -> jax.Array:
+        """The factor; 0 where a group that is not finite was zeroed."""
         factor = response.factor(norm, bound)
-        return jnp.where(jnp.isfinite(norm), factor, 0.0) if nonfinite == "zero" else factor
+        zeroed = (clip(norm, norm, bound) == 0) & ~jnp.isfinite(norm)
+        return jnp.where(zeroed, 0.0, factor)
 
-    norm, bound = _worst(norms, bounds)
-    factor = answer(norm, bound)
-    post = jnp.where(factor == 0, 0.0, norm * factor) if nonfinite == "zero" else norm * factor
+    norm, bound, exceeded = _worst(norms, bounds)
     groups = stats.groups
     if groups is not None:
         n, c = _flat(norms), _flat(_broadcast(bounds, norms))
-        clipped_count = _count_if(n > c, groups.clipped_count)
+        clipped_count = _count_if(~(n <= c), groups.clipped_count)
         groups = GroupStats(groups.names, n, c, answer(n, c), clipped_count)
     return ClipStats(
         count=count,
         pre_clip_norm=norm,
-        post_clip_norm=post,
+        post_clip_norm=clip(norm, norm, bound),
         threshold=bound,
-        clip_factor=factor,
-        clipped_count=_count_if(norm > bound, stats.clipped_count),
+        clip_factor=answer(norm, bound),
+        clipped_count=_count_if(exceeded, stats.clipped_count),
         nonfinite_count=_count_if(~jnp.isfinite(norm), stats.nonfinite_count),
         groups=groups,
     )
@@ -308,22 +321,25 @@ def _record_nothing(stats: ClipStats, norms: Slots, bounds: Slots, *_: Any) -> C
     count = optax.safe_increment(stats.count)
     if not norms:
         return stats._replace(count=count)
-    unknown = jnp.full((), jnp.nan, jnp.float32)
+    unknown = jnp.full((), -1, jnp.float32)
     uncounted = jnp.full((), -1, jnp.int32)
     least = jnp.min(_flat(bounds))
     return ClipStats(count, unknown, unknown, least, unknown, uncounted, uncounted, None)
 
 
-def _worst(norms: Slots, bounds: Slots) -> tuple[jax.Array, jax.Array]:
-    """Norm and bound where n / c is largest; NaN and infinite norms come first."""
+def _worst(norms: Slots, bounds: Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norm and bound where n / c is largest, and whether any n exceeds its c.
+
+    Norms that are not finite come first.
+    """
     if all(bound is bounds[0] for bound in bounds) and bounds[0].ndim == 0:
-        return jnp.max(_flat(norms)), bounds[0].astype(jnp.float32)
+        norm, (bound,) = jnp.max(_flat(norms)), _flat(bounds[:1])
+        return norm, bound, ~(norm <= bound)
     n, c = _flat(norms), _flat(_broadcast(bounds, norms))
     zero = n == 0
     excess = jnp.where(zero, 0.0, n / jnp.where(zero, 1.0, c))
-    excess = jnp.where(jnp.isfinite(n), excess, jnp.where(jnp.isnan(n), n, jnp.inf))
-    at = jnp.argmax(excess)
-    return n[at], c[at]
+    at = jnp.argmax(jnp.where(jnp.isfinite(n), excess, jnp.nan))  # NaN is largest for argmax
+    return n[at], c[at], ~jnp.all(n <= c)
 
 
 def _broadcast(bounds: Slots, norms: Slots) -> Slots:
@@ -331,9 +347,13 @@ def _broadcast(bounds: Slots, norms: Slots) -> Slots:
 
 
 def _flat(slots: Slots) -> jax.Array:
-    """All slots in one float32 vector."""
-    vectors = [x.reshape(-1).astype(jnp.float32) for x in slots]
-    return vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
+    """All slots in one float32 vector; what is finite stays finite."""
+    vectors = [x.reshape(-1) for x in slots]
+    vector = vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
+    if vector.dtype == jnp.float32:
+        return vector
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.where(jnp.isfinite(vector), jnp.minimum(vector, largest), vector).astype(jnp.float32)
 
 
 def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:

@@ -129,9 +129,11 @@ def raise_if_stuck(opt_state: Tree) -> None:
     for state in states:
         if isinstance(state, SkipNonfiniteState):
             raise_if_stuck(state.inner_state)
-            if bool(state.stuck):
+            # Flax NNX wraps each array of a state in a variable, a node with one leaf.
+            skipped, consecutive, stuck = (jax.tree.leaves(x)[0] for x in state[:3])
+            if bool(stuck):
                 raise FloatingPointError(
-                    f"the gradient is not finite, got {int(state.skipped_count)} steps skipped,"
-                    f" {int(state.consecutive_count)} of them in a row. Look at the loss and the"
+                    f"the gradient is not finite, got {int(skipped)} steps skipped,"
+                    f" {int(consecutive)} of them in a row. Look at the loss and the"
                     " data of these steps, lower the learning rate, or resume from a checkpoint."
                 )

@@ -107,7 +107,7 @@ class Norm:
       Terms are added in float32, in float64 if a leaf is float64, whatever the leaf dtype.
       A norm is finite exactly when each of its elements is: sums that overflow or
       underflow are taken again, scaled, and a norm past the largest float is that float.
-      Ordinary values are read once. The derivative at zero is finite.
+      Ordinary values of large leaves are read once. The derivative at zero is finite.
 
     Edge cases:
       Integer, boolean, float0, None, MaskedNode and empty leaves are not counted; a tree
@@ -228,19 +228,24 @@ class _Terms:
 
 def _norm(leaves: list[_Terms], order: Any, count: int, dtype: Any) -> jax.Array:
     """The norm of some leaves on this device; for "rms" their share of it, over `count`."""
-    if order == math.inf:
-        parts = [jnp.max(jnp.abs(t.x), axis=t.axes).reshape(t.shape) for t in leaves]
-        return functools.reduce(jnp.maximum, [part.astype(dtype) for part in parts])
-    term, root = _power(order, count)
+    if order == math.inf and not any(jnp.iscomplexobj(t.x) for t in leaves):
+        return _largest(leaves, dtype, jnp.abs)
 
     def scaled() -> jax.Array:
         """By way of x / max |x|, whose powers neither overflow nor vanish."""
-        largest = lax.stop_gradient(_norm(leaves, math.inf, count, dtype))
+        info = jnp.finfo(dtype)
+        largest = lax.stop_gradient(_largest(leaves, dtype, _larger_part))
         usable = (largest > 0) & (largest < jnp.inf)
-        scale = 1 / jnp.where(usable, jnp.clip(largest, 2.0**-126, 2.0**126), 1.0)
-        norm = root(_sum(leaves, term, dtype, scale)) / scale
-        return jnp.where(usable, jnp.minimum(norm, jnp.finfo(dtype).max), largest)
+        scale = 1 / jnp.where(usable, jnp.clip(largest, info.tiny, 1 / info.tiny), 1.0)
+        if order == math.inf:
+            norm = _largest(leaves, dtype, lambda x: jnp.abs(times(x, scale)))
+        else:
+            norm = root(_sum(leaves, term, dtype, scale))
+        return jnp.where(usable, jnp.minimum(norm / scale, info.max), largest)
 
+    if order == math.inf:
+        return scaled()
+    term, root = _power(order, count)
     small = sum(t.x.size for t in leaves) <= _SMALL
     if small or order not in (1, 2, "rms"):
         return scaled()
@@ -267,6 +272,12 @@ def _power(order: Any, count: int) -> tuple[Callable, Callable]:
     return lambda x: jnp.abs(x) ** p, root
 
 
+def _largest(leaves: list[_Terms], dtype: Any, size: Callable) -> jax.Array:
+    """`max size(x)` over the leaves, reduced to their shape; NaN wins."""
+    parts = [jnp.max(size(t.x), axis=t.axes).reshape(t.shape).astype(dtype) for t in leaves]
+    return functools.reduce(jnp.maximum, parts)
+
+
 def _vanishing(total: jax.Array) -> jax.Array:
     """Whether terms of a sum of squares may have underflowed."""
     return total < (2.0**-420 if total.dtype == jnp.float64 else 2.0**-60)
@@ -278,7 +289,7 @@ def _sum(
     """`sum term(x * scale)` over the leaves, reduced to their shape."""
 
     def wide_term(t: _Terms) -> jax.Array:
-        return term(t.wide(dtype) if scale is None else t.wide(dtype) * scale)
+        return term(t.wide(dtype) if scale is None else times(t.wide(dtype), scale))
 
     sums = []
     for first, *others in _added_first(leaves):
@@ -335,7 +346,8 @@ def _over_mesh(
     elif order in (1, 2, "rms"):
         term, root = _power(1 if order == 1 else 2, 1)
         scales = _scales(dtype)
-        sums = all_reduce(lambda v: term(v * scales[:, None]), lax.psum, jnp.add)
+        # Norms are >= 0. Without `maximum`, XLA makes v^2 scale^2 of it, which is inf * 0.
+        sums = all_reduce(lambda v: term(jnp.maximum(v * scales[:, None], 0.0)), lax.psum, jnp.add)
         norms = _best(sums, scales, root)
     else:
         term, root = _power(order, 1)
@@ -361,6 +373,19 @@ def _best(sums: jax.Array, scales: np.ndarray, root: Callable) -> jax.Array:
     scaled = norm / jnp.where(small, scales[2], jnp.where(big, scales[1], scales[0]))
     largest = jnp.finfo(norm.dtype).max
     return jnp.where(jnp.isfinite(norm), jnp.minimum(scaled, largest), norm)
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x * factor` for a real factor; complex x part by part, without promotion."""
+    if jnp.iscomplexobj(x):
+        factor = factor.astype(x.real.dtype)
+        return lax.complex(x.real * factor, x.imag * factor)
+    return x * factor.astype(x.dtype)
+
+
+def _larger_part(x: jax.Array) -> jax.Array:
+    """`|x|`, or of complex numbers the larger part, which unlike the modulus cannot overflow."""
+    return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
 
 
 def _abs_sq(x: jax.Array) -> jax.Array:

@@ -33,15 +33,18 @@ class Rescale:
 
     def __post_init__(self) -> None:
         if self.eps is not None:
-            check_bound(self.eps, "eps")
+            check_bound(self.eps, "eps", schedule=False)
 
     def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
         if self.eps is not None:
             norm = norm + jnp.asarray(self.eps).astype(norm.dtype)
-        # c / max(n, c) is exactly 1 inside the bound, and cheaper to compile than a select.
+        # c / max(n, c) is exactly 1 inside the bound, and cheaper to compile than a select. What
+        # depends on the bound alone is computed once for all leaves.
         info = jnp.finfo(norm.dtype)
+        none, unbounded = bound < info.tiny, jnp.isinf(bound)
         bound = jnp.minimum(bound, info.max)
-        return bound / jnp.maximum(norm, jnp.maximum(bound, info.tiny))
+        norm = jnp.minimum(norm, jnp.where(unbounded, info.max, jnp.inf))
+        return jnp.where(none, 0.0, bound) / jnp.maximum(norm, jnp.where(none, 1.0, bound))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +64,11 @@ class Soften:
             )
 
     def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
-        zero = norm == 0
-        ratio = jnp.where(zero, 0.0, norm / jnp.where(zero, 1.0, bound))
+        none = bound < jnp.finfo(norm.dtype).tiny
+        ratio = norm / jnp.where(none, 1.0, bound)
+        return jnp.where(none, 0.0, self._of_ratio(ratio))
+
+    def _of_ratio(self, ratio: jax.Array) -> jax.Array:
         if self.shape == "rational":
             return 1 / (1 + ratio)
         if self.shape == "sqrt":
@@ -85,12 +91,13 @@ class Normalize:
     eps: Any = 0.0
 
     def __post_init__(self) -> None:
-        check_bound(self.eps, "eps")
+        check_bound(self.eps, "eps", schedule=False)
 
     def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
         padded = norm + jnp.asarray(self.eps).astype(norm.dtype)
         zero = padded == 0
-        return jnp.where(zero, 1.0, bound / jnp.where(zero, 1.0, padded))
+        factor = jnp.where(zero, 1.0, bound / jnp.where(zero, 1.0, padded))
+        return jnp.minimum(factor, jnp.finfo(norm.dtype).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Drop:
     """1 inside the bound, 0 beyond it."""
 
     def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
-        kept = jnp.where(norm <= bound, 1.0, 0.0)
+        kept = jnp.where(norm <= bound, jnp.ones_like(norm), 0.0)
         return jnp.where(jnp.isnan(norm) | jnp.isnan(bound), jnp.nan, kept)
 
 
@@ -116,7 +123,7 @@ def as_response(value: Any) -> Response:
     """A response by its name, or `value` if it is one already."""
     if isinstance(value, str) and value in _NAMED:
         return _NAMED[value]
-    if isinstance(value, Response):
+    if isinstance(value, Response) and not isinstance(value, type):
         return value
     raise ValueError(
         f"unknown response, got {value!r}. Use one of {sorted(_NAMED)}, or an object with a"

@@ -298,7 +298,8 @@ def agc(
 
     Returns:
       A gradient transformation whose `update` needs `params`. Its statistics are about the
-      unit furthest beyond its bound.
+      unit furthest beyond its bound. Units that start at zero, such as biases, have the bound
+      `clipping * eps` at first, so some unit is clipped on nearly every step.
 
     Raises:
       ValueError: clipping or eps negative or NaN; params missing or not like the updates.

@@ -118,7 +118,7 @@ class ParamNorm:
 
     def __post_init__(self) -> None:
         check_bound(self.ratio, "clipping")
-        check_bound(self.eps, "eps")
+        check_bound(self.eps, "eps", schedule=False)
 
     def init(self, norm: Norm, params: Tree) -> Tree:
         del norm, params
@@ -142,9 +142,10 @@ class ParamNorm:
             )
 
         def bound(norm: jax.Array, size: jax.Array) -> jax.Array:
-            ratio, eps = (jnp.asarray(v).astype(norm.dtype) for v in (self.ratio, self.eps))
-            return ratio * jnp.maximum(size.astype(norm.dtype), eps)
+            least = jnp.maximum(size, jnp.asarray(self.eps).astype(size.dtype))
+            return jnp.asarray(ratio).astype(norm.dtype) * least.astype(norm.dtype)
 
+        ratio = self.ratio(context.count) if callable(self.ratio) else self.ratio
         sizes = context.norm.measure(params, context.layout)
         return tuple(map(bound, norms, sizes)), state
 
@@ -154,21 +155,19 @@ def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
     return value if isinstance(value, Threshold) else Given(value, argument)
 
 
-def check_bound(value: Any, argument: str, *, positive: bool = False) -> None:
+def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
     """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
-    if callable(value) or isinstance(value, jax.Array | np.ndarray):
+    if (schedule and callable(value)) or isinstance(value, jax.Array | np.ndarray):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"{argument} must be a number, a scalar array or a schedule, got {value!r}. Pass"
-            " for example 1.0 or optax.linear_schedule(...)."
+            f"{argument} must be a number{', a schedule' if schedule else ''} or a scalar array,"
+            f" got {value!r}. Pass for example 1.0{' or optax.linear_schedule' * schedule}."
         )
     number = float(value)
-    if math.isnan(number) or number < 0 or (positive and number == 0):
-        least = "> 0" if positive else ">= 0"
+    if math.isnan(number) or number < 0:
         raise ValueError(
-            f"{argument} must be {least}, got {value!r}. Pass a bound {least};"
-            " float('inf') never clips."
+            f"{argument} must be >= 0, got {value!r}. Pass 0 or more; float('inf') never clips."
         )
 
 

@@ -1,5 +1,6 @@
 """Which axes of a parameter one unit (row, filter, head) spans: by rank, or by Flax's names."""
 
+import operator
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -15,11 +16,19 @@ def resolve(unit_axes: UnitAxes, path: str, x: Any) -> tuple[int, ...]:
     given: Any = unit_axes(path, x) if callable(unit_axes) else unit_axes
     if isinstance(given, str) and given == "auto":
         return by_rank(path, x)
-    axes = (given,) if isinstance(given, int) else tuple(given)
-    if not all(isinstance(a, int) and -x.ndim <= a < x.ndim for a in axes):
+    if isinstance(given, jax.Array):
+        raise TypeError(
+            f"unit_axes must be static, got {given}. With optax.inject_hyperparams, pass"
+            " static_args=('unit_axes',)."
+        )
+    try:
+        axes = tuple(map(operator.index, given if isinstance(given, tuple | list) else (given,)))
+    except TypeError:
+        axes = (x.ndim,)
+    if not all(-x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
             f"unit_axes must be axes of the leaf, got {given!r} for shape {x.shape} at"
-            f" {path}. Use a function (path, leaf) -> axes where ranks differ."
+            f" {path}. Use 'auto', an int, a tuple, or a function (path, leaf) -> axes."
         )
     return tuple(sorted({a % x.ndim for a in axes}))
 
@@ -71,7 +80,7 @@ def flax_unit_axes(path: str, leaf: jax.Array, *, scanned: Collection[str] = ())
       >>> optaxclip.flax_unit_axes("attention/out/kernel", jnp.zeros((4, 8, 32)))
       (0, 1)
     """
-    names = [n for n in path.split("/") if n not in ("value", "raw_value")]
+    names = path.split("/")
     stacked = any(n.startswith("Scan") or n in scanned for n in names)
     axes = tuple(range(int(stacked), leaf.ndim))
     name, module = names[-1], (names[-2] if len(names) > 1 else "").lower()

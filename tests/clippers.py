@@ -1,0 +1,134 @@
+"""Every clipper in one table, and the tree they are all tried on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optaxclip
+
+INF = float("inf")
+
+
+def by_name(path, leaf):
+    """Labels kernels and biases."""
+    return path.split("/")[-1]
+
+
+def rows(path, leaf):
+    return tuple(range(1, leaf.ndim)) or tuple(range(leaf.ndim))
+
+
+def _drop(max_norm):
+    return optaxclip.clip_by("global", max_norm, "drop")
+
+
+def _guarded(max_norm):
+    return optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(max_norm))
+
+
+# name: (factory, bound, the other arguments)
+CLIPPERS = {
+    "value": (optaxclip.clip_by_value, 0.1, {}),
+    "value-no-stats": (optaxclip.clip_by_value, 0.1, {"stats": False}),
+    "value-zero": (optaxclip.clip_by_value, 0.1, {"nonfinite": "zero"}),
+    "value-tree": (
+        optaxclip.clip_by_value,
+        {"body": 0.1, "head": {"bias": 0.2, "kernel": 0.3}},
+        {},
+    ),
+    "global": (optaxclip.clip_by_global_norm, 0.5, {}),
+    "global-l1": (optaxclip.clip_by_global_norm, 0.5, {"ord": 1}),
+    "global-l3": (optaxclip.clip_by_global_norm, 0.5, {"ord": 3}),
+    "global-max": (optaxclip.clip_by_global_norm, 0.1, {"ord": INF}),
+    "global-rms": (optaxclip.clip_by_global_norm, 0.1, {"ord": "rms"}),
+    "global-eps": (optaxclip.clip_by_global_norm, 0.5, {"eps": 1e-6}),
+    "global-zero": (optaxclip.clip_by_global_norm, 0.5, {"nonfinite": "zero"}),
+    "global-schedule": (optaxclip.clip_by_global_norm, optax.linear_schedule(1.0, 0.1, 2), {}),
+    "leaf": (optaxclip.clip_by_leaf_norm, 0.3, {}),
+    "leaf-max": (optaxclip.clip_by_leaf_norm, 0.1, {"ord": INF}),
+    "leaf-tree": (optaxclip.clip_by_leaf_norm, {"body": 0.1, "head": lambda count: 0.2}, {}),
+    "leaf-rms": (optaxclip.clip_by_leaf_rms, 0.1, {}),
+    "unit": (optaxclip.clip_by_unit_norm, 0.2, {}),
+    "unit-rows-l1": (optaxclip.clip_by_unit_norm, 0.2, {"unit_axes": rows, "ord": 1}),
+    "group": (
+        optaxclip.clip_by_group_norm,
+        {"kernel": 0.5, "bias": optax.constant_schedule(0.1)},
+        {"labels": by_name},
+    ),
+    "group-one-bound": (optaxclip.clip_by_group_norm, 0.2, {"labels": by_name, "ord": 1.5}),
+    "agc": (optaxclip.agc, 0.01, {}),
+    "agc-exclude": (optaxclip.agc, 0.01, {"exclude": lambda path, leaf: path.endswith("bias")}),
+    "normalize": (optaxclip.normalize, 0.5, {}),
+    "normalize-eps": (optaxclip.normalize, 0.5, {"eps": 1e-3, "ord": 1}),
+    "soft-rational": (optaxclip.soft_clip, 0.5, {}),
+    "soft-sqrt": (optaxclip.soft_clip, 0.5, {"shape": "sqrt"}),
+    "soft-tanh": (optaxclip.soft_clip, 0.5, {"shape": "tanh"}),
+    "soft-elements": (optaxclip.soft_clip, 0.1, {"elementwise": True}),
+    "soft-elements-tanh": (
+        optaxclip.soft_clip,
+        0.1,
+        {"elementwise": True, "shape": "tanh", "stats": False},
+    ),
+    "drop": (_drop, 0.5, {}),
+    "skip-nonfinite": (_guarded, 0.5, {}),
+}
+# One row for each way of measuring and responding.
+ONE_EACH = [
+    "value",
+    "global",
+    "leaf",
+    "leaf-rms",
+    "unit",
+    "group",
+    "agc",
+    "normalize",
+    "soft-rational",
+    "soft-elements",
+    "skip-nonfinite",
+]
+STATIC = ("labels", "unit_axes", "exclude", "ord")
+
+
+def make(name):
+    factory, bound, rest = CLIPPERS[name]
+    return factory(bound, **rest)
+
+
+def example_tree(dtype=jnp.float32, seed=0):
+    """Two modules of a kernel and a bias each: norm about 4."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    return {
+        "body": {"bias": leaf(3), "kernel": leaf(4, 3)},
+        "head": {"bias": leaf(), "kernel": leaf(3, 1)},
+    }
+
+
+def mixed_tree(seed=0):
+    """Every kind of leaf there is, double precision when it is enabled."""
+    tree = example_tree(seed=seed)
+    tree["body"]["kernel"] = tree["body"]["kernel"].astype(jnp.bfloat16)
+    tree["body"]["bias"] = tree["body"]["bias"].astype(jnp.float16)
+    tree["head"]["bias"] = tree["head"]["bias"].astype(jnp.complex64) * (1 + 1j)
+    if jax.config.jax_enable_x64:
+        tree["head"]["kernel"] = tree["head"]["kernel"].astype(jnp.float64)
+    return tree
+
+
+def with_odd_leaves(tree):
+    """The tree with leaves that no clipper may touch or count."""
+    return {
+        **tree,
+        "body": {
+            **tree["body"],
+            "none": None,
+            "masked": optax.MaskedNode(),
+            "ids": jnp.array([2**24 + 1, -7], jnp.int32),
+            "flag": jnp.array([True, False]),
+            "empty": jnp.zeros((0, 3)),
+        },
+    }

@@ -1,0 +1,23 @@
+"""Four host devices, as on a small mesh; hypothesis without deadlines, repeatable in CI."""
+
+import os
+
+_FOUR = "--xla_force_host_platform_device_count=4"
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):  # before jax is imported
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FOUR}".strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_common = {"deadline": None, "max_examples": 20}
+hypothesis.settings.register_profile("local", **_common)
+hypothesis.settings.register_profile("ci", **_common, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(params=["fused", "unfused"])
+def fused(request, monkeypatch) -> bool:
+    """Whether small leaves are summed together, as they are on one device only."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1 if request.param == "fused" else 4)
+    return request.param == "fused"

@@ -1,0 +1,147 @@
+"""Every example runs, as its docstring says to run it, and without a warning."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False
+    )
+
+
+def compare(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    done = run("compare_clippers.py", "--quick", "--seeds", "1", "--out", str(out), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        return {(row["setting"], row["clipper"]): row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of a small comparison."""
+    out = tmp_path_factory.mktemp("comparison") / "made" / "here"
+    settings = ("spike", "nan", "nan_guarded")
+    done = compare(out, "--clippers", "global", "none", "--settings", *settings)
+    return out, done.stdout
+
+
+def test_comparison_writes_its_four_files(comparison):
+    out, _ = comparison
+    names = {"overview.png", "report.html", "results.csv", "results.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert (out / "overview.png").read_bytes().startswith(PNG)
+
+
+def test_comparison_prints_the_table(comparison):
+    _, printed = comparison
+    for words in ("MLP on digits", "accuracy %", "clipped", "µs/step", "global norm", "guarded"):
+        assert words in printed
+
+
+def test_report_needs_no_other_file(comparison):
+    page = (comparison[0] / "report.html").read_text(encoding="utf-8")
+    links = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert len(links) >= 3
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "url(" not in page
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+
+
+def test_clipping_withstands_gradient_spikes(comparison):
+    found = rows(comparison[0])
+    bare, clipped = (float(found["spike", c]["test_accuracy"]) for c in ("none", "global"))
+    assert clipped > 0.9
+    assert bare < clipped - 0.2
+
+
+@pytest.mark.parametrize("clipper", ["none", "global"])
+def test_nan_batch_is_survived_with_the_guard_alone(comparison, clipper):
+    found = rows(comparison[0])
+    bare, guarded = found["nan", clipper], found["nan_guarded", clipper]
+    assert (bare["lost_to_nonfinite"], bare["skipped_steps"]) == ("1", "0")
+    assert (guarded["lost_to_nonfinite"], guarded["skipped_steps"]) == ("0", "1")
+    assert math.isfinite(float(guarded["final_loss"]))
+    assert float(guarded["test_accuracy"]) > 0.9
+
+
+def test_clip_rate_is_that_of_the_clipper(comparison):
+    found = rows(comparison[0])
+    assert found["spike", "none"]["clip_rate"] == ""
+    assert 0 < float(found["spike", "global"]["clip_rate"]) < 1
+
+
+def test_json_holds_the_timings_and_the_csv_does_not(comparison):
+    out, _ = comparison
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert len(record["rows"]) == 6
+    assert all(row["us_per_step"] > 0 for row in record["rows"])
+    assert set(record["versions"]) >= {"optaxclip", "jax", "flax", "optax"}
+    header = (out / "results.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert not re.search("second|time|us_", header)
+
+
+@pytest.mark.slow
+def test_same_seeds_give_the_same_csv(comparison, tmp_path):
+    settings = ("spike", "nan", "nan_guarded")
+    compare(tmp_path, "--clippers", "none", "global", "--settings", *settings)
+    again, first = (path / "results.csv" for path in (tmp_path, comparison[0]))
+    assert again.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clippers", [["none"], ["agc", "unit", "leaf", "value", "soft"]])
+def test_any_subset_can_be_compared(tmp_path, clippers):
+    done = compare(tmp_path, "--clippers", *clippers, "--settings", "label_noise")
+    assert "label noise" in done.stdout
+    assert len(rows(tmp_path)) == len(clippers)
+
+
+@pytest.mark.parametrize(
+    ("option", "valid"),
+    [
+        ("--clippers", ("none", "value", "global", "leaf", "unit", "agc", "soft")),
+        ("--settings", ("clean", "label_noise", "spike", "nan", "nan_guarded")),
+    ],
+)
+def test_unknown_name_lists_the_valid_ones(tmp_path, option, valid):
+    done = run("compare_clippers.py", option, "clean_and_global", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    message = done.stderr[done.stderr.index("error:") :]
+    assert "clean_and_global" in message
+    assert all(f"{name}" in message for name in valid)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flax_linen_prints_loss_and_statistics():
+    done = run("flax_linen.py")
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0] / 2
+    for field in ("count", "pre_clip_norm", "clipped_count", "nonfinite_count"):
+        assert re.search(rf"{field} +\d", done.stdout)
+
+
+def test_equinox_loop_learns_and_counts():
+    done = run("equinox_loop.py")
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0]
+    assert re.search(r"of 300 steps clipped", done.stdout)

@@ -1,0 +1,216 @@
+"""Norms and clippers on a mesh equal those of the unsharded tree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxclip
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
+
+SPECS = {"kernel": P("data", "model"), "rows": P("data"), "columns": P(None, "model"), "bias": P()}
+SHAPES = {"kernel": (8, 6), "rows": (4, 5), "columns": (3, 4), "bias": (7,)}
+ORDS = [1, 2, 3.0, float("inf"), "rms"]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+@pytest.fixture(scope="module")
+def grads():
+    rng = np.random.default_rng(0)
+    return {k: jnp.asarray(rng.normal(size=s, scale=3.0), jnp.float32) for k, s in SHAPES.items()}
+
+
+def norms_of(norm, tree):
+    leaves = norm.leaves(tree)
+    return jnp.stack(norm.measure(leaves, norm.layout(leaves)))
+
+
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("by", ["global", "leaf", "group"])
+def test_shard_map_equals_unsharded(mesh, grads, by, ord, jitted):
+    labels = {"kernel": "a", "rows": "b", "columns": "a", "bias": "a"}
+    norm = optaxclip.Norm(by, ord, labels=labels if by == "group" else None)
+    sharded = jax.shard_map(
+        functools.partial(norms_of, norm), mesh=mesh, in_specs=(SPECS,), out_specs=P()
+    )
+    got = (jax.jit(sharded) if jitted else sharded)(grads)
+    np.testing.assert_allclose(got, norms_of(norm, grads), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-23], ids=["overflow", "underflow"])
+def test_shard_map_is_safe_at_rare_scales(mesh, grads, scale):
+    grads = jax.tree.map(lambda x: x * scale, grads)
+    norm = optaxclip.Norm()
+    sharded = jax.shard_map(
+        functools.partial(norms_of, norm), mesh=mesh, in_specs=(SPECS,), out_specs=P()
+    )
+    exact = np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in grads.values()))
+    np.testing.assert_allclose(jax.jit(sharded)(grads)[0], exact, rtol=1e-6)
+
+
+def test_optax_is_wrong_where_this_is_right(mesh, grads):
+    """The claim in the README: Optax's local norm under shard_map."""
+
+    def factors(clip, tree):
+        return clip.update(tree, clip.init(tree), tree)[0]["bias"]
+
+    def run(clip):
+        local = functools.partial(factors, clip)
+        # Optax's result varies over the mesh, so its out_specs cannot be checked.
+        return jax.shard_map(local, mesh=mesh, in_specs=(SPECS,), out_specs=P(), check_vma=False)(
+            grads
+        )
+
+    whole = factors(optax.clip_by_global_norm(1.0), grads)
+    ours = optaxclip.clip_by_global_norm(
+        1.0,
+        axis_name=lambda path, x: tuple(a for a in ("data", "model") if a in SPECS[path]),
+    )
+    np.testing.assert_allclose(run(ours), whole, rtol=1e-6)
+    assert not np.allclose(run(optax.clip_by_global_norm(1.0)), whole, rtol=0.05)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small leaf", "large leaf"])
+def test_large_and_small_leaves(mesh, large):
+    """Leaves on both sides of the size where the safe path changes."""
+    shape = (256, 512) if large else (4, 6)
+    tree = {"w": jax.random.normal(jax.random.key(1), shape) * 1e20}
+    norm = optaxclip.Norm("leaf")
+    sharded = jax.shard_map(
+        functools.partial(norms_of, norm), mesh=mesh, in_specs=(P("data"),), out_specs=P()
+    )
+    exact = np.linalg.norm(np.asarray(tree["w"], np.float64))
+    np.testing.assert_allclose(jax.jit(sharded)(tree)[0], exact, rtol=1e-6)
+
+
+CLIPPERS = {
+    "global": lambda **k: optaxclip.clip_by_global_norm(1.0, **k),
+    "leaf": lambda **k: optaxclip.clip_by_leaf_norm(1.0, **k),
+    "rms": lambda **k: optaxclip.clip_by_leaf_rms(0.5, **k),
+    "value": lambda **k: optaxclip.clip_by_value(0.5, **k),
+    "normalize": lambda **k: optaxclip.normalize(1.0, **k),
+    "soft": lambda **k: optaxclip.soft_clip(1.0, **k),
+    "guarded": lambda **k: optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0, **k), **k),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "axis_name"])
+def test_clippers_under_shard_map(mesh, grads, name, check_vma):
+    axes = {}
+    if not check_vma:
+        axes["axis_name"] = lambda path, x: tuple(a for a in ("data", "model") if a in SPECS[path])
+    alone, sharded = CLIPPERS[name](), CLIPPERS[name](**axes)
+    expected, expected_state = alone.update(grads, alone.init(grads), grads)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(SPECS, P()),
+        out_specs=(SPECS, P()),
+        check_vma=check_vma,
+    )
+    def update(grads, state):
+        return sharded.update(grads, state, grads)
+
+    updates, state = jax.jit(update)(grads, alone.init(grads))
+    assert_close(updates, expected)
+    assert_close(optaxclip.clip_stats(state), optaxclip.clip_stats(expected_state))
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_clippers_under_jit_with_named_sharding(mesh, grads, name):
+    tx = CLIPPERS[name]()
+    expected, expected_state = tx.update(grads, tx.init(grads), grads)
+    placed = {k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in grads.items()}
+    updates, state = jax.jit(tx.update)(placed, tx.init(placed), placed)
+    assert_close(updates, expected)
+    assert_close(optaxclip.clip_stats(state), optaxclip.clip_stats(expected_state))
+    assert updates["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
+
+
+def test_units_under_shard_map_need_axis_name(mesh, grads):
+    def update(grads, tx):
+        return tx.update(grads, tx.init(grads), grads)[0]
+
+    def sharded(tx):
+        return jax.shard_map(
+            functools.partial(update, tx=tx),
+            mesh=mesh,
+            in_specs=({"columns": SPECS["columns"]},),
+            out_specs={"columns": SPECS["columns"]},
+        )({"columns": grads["columns"]})
+
+    with pytest.raises(ValueError, match=r"columns .* sharded over \('model',\).*axis_name=\(\)"):
+        sharded(optaxclip.agc(0.01))
+    # Columns are whole on each device here.
+    expected = update({"columns": grads["columns"]}, optaxclip.agc(0.01))
+    assert_close(sharded(optaxclip.agc(0.01, axis_name=())), expected)
+
+
+def test_units_split_over_the_mesh(mesh, grads):
+    tree = {"rows": grads["rows"]}  # units are columns, split over "data"
+    alone, tx = optaxclip.agc(0.01), optaxclip.agc(0.01, axis_name="data")
+    expected, _ = alone.update(tree, alone.init(tree), tree)
+    got = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g), g)[0],
+        mesh=mesh,
+        in_specs=({"rows": P("data")},),
+        out_specs={"rows": P("data")},
+    )(tree)
+    assert_close(got, expected)
+
+
+def test_pmap_axis_name(grads):
+    """A tree whose shards lie on the devices of a pmap."""
+    stacked = {"w": jnp.arange(1.0, 9.0).reshape(4, 2)}
+    tx = optaxclip.clip_by_global_norm(1.0, axis_name="i")
+    out = jax.pmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="i")(stacked)
+    np.testing.assert_allclose(jnp.linalg.norm(out["w"]), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(out["w"], stacked["w"] / jnp.linalg.norm(stacked["w"]), rtol=1e-6)
+
+
+def test_one_all_reduce_for_many_sharded_leaves(mesh):
+    """Under shard_map a global norm over 100 sharded leaves is one collective."""
+    tree = {f"w{i}": jnp.ones((4, 2)) for i in range(100)}
+    tx = optaxclip.clip_by_global_norm(1.0)
+    sharded = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    hlo = jax.jit(sharded).lower(tree).compile().as_text()
+    assert hlo.count(" all-reduce(") == 1
+
+
+def test_skip_is_taken_by_all_devices_alike(mesh, grads):
+    tx = optaxclip.skip_nonfinite(optax.adam(1e-3))
+    state = tx.init(grads)
+    bad = grads | {"kernel": grads["kernel"].at[0, 0].set(jnp.nan)}  # on one device only
+    specs = jax.tree.map(lambda _: P(), state)
+    specs = specs._replace(
+        inner_state=(specs.inner_state[0]._replace(mu=SPECS, nu=SPECS), specs.inner_state[1])
+    )
+    update = jax.shard_map(
+        lambda g, s: tx.update(g, s, g),
+        mesh=mesh,
+        in_specs=(SPECS, specs),
+        out_specs=(SPECS, specs),
+    )
+    updates, new_state = jax.jit(update)(bad, state)
+    assert all(not np.any(x) for x in jax.tree.leaves(updates))
+    assert int(new_state.skipped_count) == 1
+    assert_close(new_state.inner_state, state.inner_state)
+
+
+def assert_close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, expected)
