@@ -235,13 +235,12 @@ def _norm(leaves: list[_Terms], order: Any, count: int, dtype: Any) -> jax.Array
         """By way of x / max |x|, whose powers neither overflow nor vanish."""
         info = jnp.finfo(dtype)
         largest = lax.stop_gradient(_largest(leaves, dtype, _larger_part))
-        usable = (largest > 0) & (largest < jnp.inf)
-        scale = 1 / jnp.where(usable, jnp.clip(largest, info.tiny, 1 / info.tiny), 1.0)
+        unit = jnp.clip(largest, info.tiny, 1 / info.tiny)
         if order == math.inf:
-            norm = _largest(leaves, dtype, lambda x: jnp.abs(times(x, scale)))
+            norm = _largest(leaves, dtype, lambda x: jnp.abs(times(x, 1 / unit)))
         else:
-            norm = root(_sum(leaves, term, dtype, scale))
-        return jnp.where(usable, jnp.minimum(norm / scale, info.max), largest)
+            norm = root(_sum(leaves, term, dtype, 1 / unit))
+        return jnp.minimum(norm * unit, jnp.maximum(largest, info.max))
 
     if order == math.inf:
         return scaled()
@@ -272,12 +271,6 @@ def _power(order: Any, count: int) -> tuple[Callable, Callable]:
     return lambda x: jnp.abs(x) ** p, root
 
 
-def _largest(leaves: list[_Terms], dtype: Any, size: Callable) -> jax.Array:
-    """`max size(x)` over the leaves, reduced to their shape; NaN wins."""
-    parts = [jnp.max(size(t.x), axis=t.axes).reshape(t.shape).astype(dtype) for t in leaves]
-    return functools.reduce(jnp.maximum, parts)
-
-
 def _vanishing(total: jax.Array) -> jax.Array:
     """Whether terms of a sum of squares may have underflowed."""
     return total < (2.0**-420 if total.dtype == jnp.float64 else 2.0**-60)
@@ -291,24 +284,39 @@ def _sum(
     def wide_term(t: _Terms) -> jax.Array:
         return term(t.wide(dtype) if scale is None else times(t.wide(dtype), scale))
 
-    sums = []
-    for first, *others in _added_first(leaves):
-        added = sum(map(wide_term, others), start=wide_term(first))
-        sums.append(jnp.sum(added, axis=first.axes).reshape(first.shape))
-    return sums[0] if len(sums) == 1 else jnp.sum(jnp.stack(sums), axis=0)
+    return _fold(leaves, wide_term, jnp.add, jnp.sum, dtype)
 
 
-def _added_first(leaves: list[_Terms]) -> list[list[_Terms]]:
-    """Leaves to add elementwise and reduce once: small and of one shape.
+def _largest(leaves: list[_Terms], dtype: Any, size: Callable) -> jax.Array:
+    """`max size(x)` over the leaves, reduced to their shape; NaN wins."""
+    return _fold(leaves, lambda t: size(t.x), jnp.maximum, jnp.max, dtype)
+
+
+def _fold(
+    leaves: list[_Terms], value: Callable, join: Callable, reduce: Callable, dtype: Any
+) -> jax.Array:
+    """`value` of each leaf, reduced and joined."""
+    parts = []
+    for together in _joined_first(leaves):
+        first = together[0]
+        joined = functools.reduce(join, map(value, together))
+        part = reduce(joined, axis=first.axes).reshape(first.shape)
+        parts.append(part.astype(dtype))
+    return parts[0] if len(parts) == 1 else reduce(jnp.stack(parts), axis=0)
+
+
+def _joined_first(leaves: list[_Terms]) -> list[list[_Terms]]:
+    """Leaves to join elementwise and reduce once: small and of one shape.
 
     With one device only. On a mesh, leaves of one shape may be sharded in different ways,
-    and adding them would move them between devices.
+    and joining them would move them between devices.
     """
     if jax.device_count() > 1:
         return [[t] for t in leaves]
     alike: dict[Any, list[_Terms]] = {}
     for i, t in enumerate(leaves):
-        alike.setdefault(t.x.shape if t.x.size <= _SMALL else i, []).append(t)
+        key = (t.x.shape, t.x.dtype) if t.x.size <= _SMALL else i
+        alike.setdefault(key, []).append(t)
     return [
         members[k : k + _LEAVES_AT_ONCE]
         for members in alike.values()
