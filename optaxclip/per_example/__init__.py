@@ -1,0 +1,18 @@
+"""Per-example gradients as data: norms, products and weighted sums without storing them."""
+
+from optaxclip.per_example.forms import Dense as Dense
+from optaxclip.per_example.forms import Form as Form
+from optaxclip.per_example.forms import Gathered as Gathered
+from optaxclip.per_example.forms import Outer as Outer
+from optaxclip.per_example.forms import Sum as Sum
+from optaxclip.per_example.gradients import per_example_grad as per_example_grad
+from optaxclip.per_example.gradients import per_example_norms as per_example_norms
+from optaxclip.per_example.gradients import per_example_value_and_grad as per_example_value_and_grad
+from optaxclip.per_example.plan import Plan as Plan
+from optaxclip.per_example.plan import explain as explain
+from optaxclip.per_example.registry import RuleContext as RuleContext
+from optaxclip.per_example.registry import register_rule as register_rule
+from optaxclip.per_example.trees import inner as inner
+from optaxclip.per_example.trees import materialize as materialize
+from optaxclip.per_example.trees import sq_norms as sq_norms
+from optaxclip.per_example.trees import weighted_sum as weighted_sum

@@ -1,0 +1,26 @@
+"""Elementwise operations with a parameter: biases, scales, masks.
+
+Broadcasts are equations of their own, so a parameter has the shape of the output here and its
+stacked gradient that of the cotangent: nothing smaller exists. The broadcast's transpose adds
+it up.
+"""
+
+from typing import Any
+
+from jax.extend.core import primitives as P  # noqa: N812
+
+from optaxclip.per_example.forms import Dense
+from optaxclip.per_example.registry import RuleContext, register_rule
+
+
+@register_rule(P.add_p, P.sub_p, P.mul_p, P.div_p, P.max_p, P.min_p, P.pow_p, P.atan2_p)
+@register_rule(P.select_n_p, P.clamp_p)
+def elementwise(ctx: RuleContext, *operands: Any, **params: Any) -> Dense | None:
+    """`dL/dp_b = g_b * d(out)/dp`.   Cost: one operation per element of the output."""
+    return Dense(ctx.vjp())
+
+
+@register_rule(P.concatenate_p, P.pad_p, P.dynamic_update_slice_p)
+def placing(ctx: RuleContext, *operands: Any, **params: Any) -> Dense | None:
+    """`dL/dp_b` is a part of the cotangent.   Cost: a copy."""
+    return Dense(ctx.vjp())
