@@ -38,12 +38,12 @@ def per_example_grad(fun: Callable) -> Callable[[Tree, Tree], Tree]:
       >>> import jax.numpy as jnp
       >>> from optaxclip.per_example import per_example_grad, sq_norms, weighted_sum
       >>> loss = lambda w, x: (x @ w) ** 2 / 2
-      >>> batch = jnp.array([[3.0, 4.0], [0.0, 1.0]])
+      >>> batch = jnp.array([[1.0, 2.0], [0.0, 1.0]])
       >>> grads = per_example_grad(loss)(jnp.ones(2), batch)
       >>> print(sq_norms(grads))
-      [1225.    1.]
+      [45.  1.]
       >>> print(weighted_sum(grads, jnp.array([1.0, 10.0])))
-      [21. 38.]
+      [ 3. 16.]
     """
     both = per_example_value_and_grad(fun)
     return lambda params, batch: both(params, batch)[1]

@@ -1,0 +1,34 @@
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from agreement import assert_equals_oracle, normal
+
+OPS = {
+    "add": lambda p, x: p + x,
+    "sub": lambda p, x: x - p,
+    "mul": lambda p, x: p * x,
+    "div": lambda p, x: x / (3 + p),
+    "max": jnp.maximum,
+    "where": lambda p, x: jnp.where(x > 0, p, x),
+    "pow": lambda p, x: jnp.abs(p) ** x,
+    "clip": lambda p, x: lax.clamp(-jnp.abs(p), x, jnp.abs(p)),
+    "concatenate": lambda p, x: jnp.concatenate([p, x], axis=-1),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4,), (1, 4), (3, 1), ()])
+@pytest.mark.parametrize("name", OPS)
+def test_broadcast_parameter(name, shape):
+    def loss(p, x):
+        p = jnp.broadcast_to(p, (3, 4))
+        return jnp.sum(jnp.sin(OPS[name](p, x)))
+
+    assert_equals_oracle(loss, normal(0, *shape), normal(1, 5, 3, 4))
+
+
+def test_a_bias_is_stacked_at_its_own_size():
+    plan = assert_equals_oracle(
+        lambda b, x: jnp.sum(jnp.sin(x + b)), normal(0, 4), normal(1, 5, 30, 4)
+    )
+    assert plan.rows[0].forms == ("Dense([5,4])",)

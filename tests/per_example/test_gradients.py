@@ -1,0 +1,318 @@
+"""Whole models against the oracle."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import assert_equals_oracle, close, normal
+from flax import nnx
+from jax import lax
+
+from optaxclip.per_example import (
+    materialize,
+    per_example_grad,
+    per_example_norms,
+    sq_norms,
+    weighted_sum,
+)
+from optaxclip.per_example._reference import stacked_grads
+
+IDS = jnp.array([[0, 2, 2, 5, 1], [1, 1, 1, 1, 1], [3, 0, 4, 3, 0]])
+
+
+def mlp(params, example):
+    x, y = example
+    for w, b in params[:-1]:
+        x = jax.nn.relu(x @ w + b)
+    w, b = params[-1]
+    return jnp.sum((x @ w + b - y) ** 2)
+
+
+def mlp_params(*widths):
+    pairs = zip(widths[:-1], widths[1:], strict=True)
+    return [(normal(i, m, n), normal(9 + i, n)) for i, (m, n) in enumerate(pairs)]
+
+
+def batch(size=6):
+    return normal(20, size, 5), normal(21, size, 3)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_mlp(size):
+    assert_equals_oracle(mlp, mlp_params(5, 8, 8, 3), batch(size))
+
+
+def test_tied_weights_need_the_cross_terms():
+    """Autoencoder `w.T @ w`: the norm of the sum, not the sum of the norms."""
+
+    def loss(w, x):
+        return jnp.sum((jnp.tanh(x @ w) @ w.T - x) ** 2)
+
+    w, x = normal(0, 5, 4), normal(1, 6, 5)
+    assert_equals_oracle(loss, w, x)
+    assert_equals_oracle(loss, w, normal(1, 6, 30, 5))
+    untied = per_example_grad(lambda p, x: jnp.sum((jnp.tanh(x @ p[0]) @ p[1].T - x) ** 2))
+    naive = sq_norms(untied((w, w), x))
+    assert not np.allclose(naive, sq_norms(per_example_grad(loss)(w, x)))
+
+
+def test_one_jitted_block_called_three_times():
+    @jax.jit
+    def block(w, x):
+        return jnp.sin(x @ w)
+
+    def loss(w, x):
+        return jnp.sum(block(w, block(w, block(w, x))))
+
+    plan = assert_equals_oracle(loss, normal(0, 4, 4), normal(1, 6, 4))
+    assert plan.rows[0].forms == ("Outer([6,1,3,4], [6,1,3,4])",)
+
+
+def transformer(params, ids):
+    """Pre-LN, heads by reshape and by einsum, learned positions, tied head."""
+
+    def norm(p, x):
+        x = x - jnp.mean(x, -1, keepdims=True)
+        return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+    x = params["embed"][ids[:-1]] + params["position"]
+    h = norm(params["norm1"], x)
+    q, k = (jnp.einsum("td,dhk->thk", h, params[n]) for n in ("q", "k"))
+    v = (h @ params["v"].reshape(8, 8)).reshape(-1, 2, 4)
+    scores = jnp.einsum("thk,shk->hts", q, k) / 2
+    mask = jnp.tril(jnp.ones((4, 4), bool))
+    scores = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+    mixed = jnp.einsum("hts,shk->thk", scores, v)
+    x = x + jnp.einsum("thk,hkd->td", mixed, params["o"])
+    h = norm(params["norm2"], x)
+    x = x + jax.nn.gelu(h @ params["up"] * params["gain"]) @ params["down"]
+    logits = norm(params["norm3"], x) @ params["embed"].T
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=-1)
+    return -jnp.mean(picked)
+
+
+def transformer_params():
+    shapes = {
+        "embed": (6, 8), "position": (4, 8), "q": (8, 2, 4), "k": (8, 2, 4), "v": (8, 2, 4),
+        "o": (2, 4, 8), "up": (8, 16), "down": (16, 8), "gain": (),
+    }  # fmt: skip
+    params = {n: normal(i, *s) / 2 for i, (n, s) in enumerate(shapes.items())}
+    for i in (1, 2, 3):
+        params[f"norm{i}"] = {"scale": 1 + normal(30 + i, 8) / 4, "bias": normal(40 + i, 8)}
+    return params
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
+def test_transformer_with_tied_head(wrap):
+    plan = assert_equals_oracle(wrap(transformer), transformer_params(), IDS)
+    assert plan.to_dict()["embed"]["norm_methods"] == ("segment sum", "instantiate")
+
+
+def test_linen():
+    model = nn.Sequential([nn.Dense(7), nn.relu, nn.LayerNorm(), nn.Dense(3)])
+    x, y = batch()
+    params = model.init(jax.random.key(0), x[0])
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    assert_equals_oracle(lambda p, e: jnp.sum((model.apply(p, e[0]) - e[1]) ** 2), params, (x, y))
+
+
+def test_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(5, 8, rngs=rngs, param_dtype=jnp.float64)
+            self.norm = nnx.RMSNorm(8, rngs=rngs, param_dtype=jnp.float64)
+            self.last = nnx.Linear(8, 3, rngs=rngs, param_dtype=jnp.float64)
+
+        def __call__(self, x):
+            return self.last(jnp.tanh(self.norm(self.first(x))))
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)))
+
+    def loss(params, example):
+        return jnp.sum((nnx.merge(graph, params)(example[0]) - example[1]) ** 2)
+
+    plan = assert_equals_oracle(loss, params, batch())
+    assert "first/kernel" in plan.to_dict()
+
+
+def scan_loss(w, x):
+    return jnp.sum(lax.scan(lambda h, _: (jnp.sin(h @ w), None), x, length=3)[0])
+
+
+@jax.custom_vjp
+def doubled_gradient(w, x):
+    return x @ w
+
+
+doubled_gradient.defvjp(
+    lambda w, x: (x @ w, (w, x)),
+    lambda saved, g: (2 * jnp.outer(saved[1], g), 3 * saved[0] @ g),
+)
+
+
+@jax.custom_jvp
+def odd_slope(w, x):
+    return x @ w
+
+
+@odd_slope.defjvp
+def _(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    return x @ w, 5 * x @ dw + dx @ w
+
+
+FALLBACKS = {
+    "scan": scan_loss,
+    "cond": lambda w, x: jnp.sum(
+        lax.cond(x[0] > 0, lambda: jnp.sin(x @ w), lambda: jnp.cos(w @ x))
+    ),
+    "custom_vjp": lambda w, x: jnp.sum(jnp.sin(doubled_gradient(w, x))),
+    "custom_jvp": lambda w, x: jnp.sum(jnp.sin(odd_slope(w, x))),
+    "no rule": lambda w, x: jnp.sum(lax.cumsum(lax.scatter_add(
+        w, jnp.array([[0]]), x[None], lax.ScatterDimensionNumbers((1,), (0,), (0,))
+    )) ** 2),
+    "weight normalisation": lambda w, x: jnp.sum(
+        jnp.sin(x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)))
+    ),
+    "a penalty of the parameter": lambda w, x: jnp.sum(jnp.sin(x @ w)) + x[0] * jnp.sum(w**2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_fallbacks_are_exact_and_reported(name):
+    def loss(params, x):
+        return FALLBACKS[name](params["stacked"], jnp.tanh(x @ params["factored"]))
+
+    params = {"stacked": normal(0, 4, 4), "factored": normal(1, 3, 4)}
+    plan = assert_equals_oracle(loss, params, normal(2, 6, 3), fallbacks=["stacked"])
+    assert "test_gradients.py" in plan.to_dict()["stacked"]["fallback"]
+
+
+CHAINS = {
+    "transpose": lambda w: w.transpose(2, 0, 1).reshape(4, 6).T,
+    "split axis": lambda w: w.reshape(6, 2, 2).reshape(6, 4),
+    "ones": lambda w: w[None].reshape(2, 1, 3, 4)[:, 0].reshape(6, 4),
+    "cast": lambda w: w.astype(jnp.float64).reshape(6, 4),
+    "scaling": lambda w: -(w * 3 / jnp.sqrt(2.0) / 7).reshape(6, 4),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_isometries_keep_the_factors(name, steps):
+    def loss(w, x):
+        return jnp.sum(jnp.sin(x @ CHAINS[name](w)))
+
+    plan = assert_equals_oracle(loss, normal(0, 2, 3, 4), normal(1, 5, steps, 6))
+    assert plan.rows[0].forms[0].startswith("Outer")
+
+
+def test_uses_in_different_shapes_of_the_parameter():
+    """No common rows and columns: cross terms one example at a time."""
+
+    def loss(w, x):
+        one = jnp.sin(x @ w.reshape(6, 4))
+        two = jnp.cos(jnp.einsum("tab,abc->tc", x[:, :6].reshape(-1, 2, 3), w))
+        return jnp.sum(one) + jnp.sum(jnp.sin(x[:, :2] @ w.reshape(2, 12))) + jnp.sum(two)
+
+    plan = assert_equals_oracle(loss, normal(0, 2, 3, 4), normal(1, 5, 3, 6))
+    assert len(plan.rows[0].forms) == 2
+
+
+def test_unused_parameters_have_zero_gradients():
+    params = {"used": normal(0, 4), "unused": normal(1, 3, 2)}
+    x = normal(2, 5, 4)
+    grads = per_example_grad(lambda p, x: jnp.sin(x @ p["used"]))(params, x)
+    assert jax.tree.leaves(grads["unused"])[0].size == 0
+    assert grads["unused"].materialize().shape == (5, 3, 2)
+    assert not jnp.any(grads["unused"].materialize())
+    close(weighted_sum(grads, jnp.ones(5))["unused"], jnp.zeros((3, 2)), 0)
+    close(sq_norms(grads), sq_norms(grads["used"]), 0)
+
+
+def test_stopped_gradients_and_a_loss_without_the_example():
+    def loss(params, x):
+        return jnp.sin(x @ lax.stop_gradient(params["a"])) * 0 + jnp.sum(params["b"] ** 3)
+
+    params, x = {"a": normal(0, 4), "b": normal(1, 3)}, normal(2, 5, 4)
+    for fun in (loss, lambda p, x: jnp.sum(p["b"] ** 3)):
+        grads = per_example_grad(fun)(params, x)
+        close(materialize(grads), stacked_grads(fun, params, x), 1e-12)
+        assert jnp.all(sq_norms(grads["b"]) > 0)
+
+
+def test_random_keys_in_the_batch_and_closed_over_arrays():
+    keys, scale = jax.random.split(jax.random.key(3), 5), normal(7, 4)
+
+    def loss(w, example):
+        key, x = example
+        x = x * jax.random.bernoulli(key, 0.5, (4,)) * scale
+        return jnp.sum(jnp.sin(x @ w))
+
+    assert_equals_oracle(loss, normal(0, 4, 3), (keys, normal(1, 5, 4)))
+
+
+def test_bfloat16_parameters_with_a_float32_loss():
+    def loss(params, example):
+        example = jax.tree.map(lambda x: x.astype(jnp.bfloat16), example)
+        return mlp(params, example).astype(jnp.float32)
+
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp_params(5, 8, 3))
+    grads = per_example_grad(loss)(params, batch())
+    oracle = stacked_grads(loss, params, batch())
+    close(materialize(grads), oracle, 2e-2)
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), oracle)
+    close(sq_norms(grads), sq_norms(wide), 2e-2)
+    assert sq_norms(grads).dtype == jnp.float32
+
+
+def test_float32_agrees_to_1e_5():
+    to_32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    params, data = to_32(mlp_params(5, 64, 64, 3)), to_32(batch(32))
+    found, expected = per_example_norms(mlp)(params, data), stacked_grads(mlp, params, data)
+    close(found, jnp.sqrt(sq_norms(expected)), 1e-5)
+    weights = jnp.ones(32, jnp.float32)
+    grads = per_example_grad(mlp)(params, data)
+    close(weighted_sum(grads, weights), weighted_sum(expected, weights), 1e-5)
+
+
+def test_stacked_and_factored_leaves_mix():
+    params = mlp_params(5, 8, 3)
+    grads = per_example_grad(mlp)(params, batch())
+    oracle = stacked_grads(mlp, params, batch())
+    mixed = [oracle[0], grads[1]]
+    close(sq_norms(mixed), sq_norms(oracle), 1e-12)
+    close(materialize(mixed), oracle, 1e-12)
+    weights = jnp.arange(6.0)
+    close(weighted_sum(mixed, weights), weighted_sum(oracle, weights), 1e-12)
+
+
+def test_forms_cross_jit():
+    grads = jax.jit(per_example_grad(mlp))(mlp_params(5, 8, 3), batch())
+    close(jax.jit(sq_norms)(grads), sq_norms(grads), 1e-12)
+
+
+X = jnp.ones((4, 3))
+SCALAR = lambda p, x: jnp.sum(x * p)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("fun", "params", "data", "error", "message"),
+    [
+        (lambda p, x: x * p, jnp.ones(3), X, ValueError, r"fun must .* got float\d+\[3\]"),
+        (lambda p, x: (p.sum(), 1.0), jnp.ones(3), X, ValueError, "fun must .* a scalar"),
+        (lambda p, x: jnp.argmax(x * p), jnp.ones(3), X, TypeError, "loss, got dtype int"),
+        (SCALAR, jnp.ones(3), (X, jnp.ones(5)), ValueError, r"got \(5,\) at batch/1"),
+        (SCALAR, jnp.ones(3), {"x": X[:0]}, ValueError, r"empty, got \(0, 3\) at batch/x"),
+        (SCALAR, jnp.ones(3), {"x": 1.0}, ValueError, "got a scalar at batch/x"),
+        (SCALAR, jnp.ones(3), {}, ValueError, "batch must have at least one array"),
+        (SCALAR, {}, X, ValueError, "params must have at least one array"),
+        (SCALAR, {"n": jnp.arange(3)}, X, TypeError, r"got int\d+\[3\] at params/n"),
+        (SCALAR, {"z": X.astype(complex)}, X, TypeError, "got complex.* at params/z"),
+        (SCALAR, {"f": 1.0}, X, TypeError, "got float at params/f"),
+    ],
+)
+def test_errors_name_argument_shape_and_remedy(fun, params, data, error, message):
+    with pytest.raises(error, match=message):
+        per_example_grad(fun)(params, data)
