@@ -9,6 +9,11 @@ from optaxclip.guards import SkipNonfiniteState as SkipNonfiniteState
 from optaxclip.guards import raise_if_stuck as raise_if_stuck
 from optaxclip.guards import skip_nonfinite as skip_nonfinite
 from optaxclip.norms import Norm as Norm
+from optaxclip.per_example import explain as explain
+from optaxclip.per_example import per_example_grad as per_example_grad
+from optaxclip.per_example import per_example_norms as per_example_norms
+from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
+from optaxclip.per_example import register_rule as register_rule
 from optaxclip.strategies import agc as agc
 from optaxclip.strategies import clip_by_global_norm as clip_by_global_norm
 from optaxclip.strategies import clip_by_group_norm as clip_by_group_norm

@@ -329,10 +329,12 @@ def _join(group: list[Any]) -> Form:
         stacked = functools.reduce(jnp.add, (x.stacked for x in group))
         return Dense(stacked, "; ".join(reasons))
     if isinstance(first, Outer):
-        left, right = (jnp.concatenate([getattr(x, f) for x in group], 2) for f in ("left", "right"))
+        left = jnp.concatenate([x.left for x in group], axis=2)
+        right = jnp.concatenate([x.right for x in group], axis=2)
         return Outer(left, right, first.layout)
     if isinstance(first, Gathered):
-        ids, right = (jnp.concatenate([getattr(x, f) for x in group], 1) for f in ("ids", "right"))
+        ids = jnp.concatenate([x.ids for x in group], axis=1)
+        right = jnp.concatenate([x.right for x in group], axis=1)
         return Gathered(ids, right, first.layout)
     return Sum(tuple(group))
 

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, primitives
 from optaxclip._compat import inlined_jaxpr, is_literal
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
     """An equation whose inputs and outputs are numbered values."""
 

@@ -4,6 +4,7 @@ Transposes, reshapes, casts and scalings keep a form factored. Anything else is 
 needs the gradients stacked.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,7 @@ from optaxclip.per_example.registry import stacked_vjp
 _PLACING = frozenset({P.slice_p, P.dynamic_slice_p, P.pad_p, P.concatenate_p})
 
 
-def pull_back(
-    program: Program, values: dict[int, Any], cotangents: dict[int, list[Form]]
-) -> None:
+def pull_back(program: Program, values: dict[int, Any], cotangents: dict[int, list[Form]]) -> None:
     """Replace the cotangents of intermediate values by those of the parameters, in place."""
     for equation in reversed(program.once):
         arrived = [add(f) if (f := cotangents.pop(n, None)) else None for n in equation.outputs]
@@ -63,18 +62,16 @@ def _dense(
     equation: Equation, positions: tuple[int, ...], values: dict[int, Any], arrived: list[Any]
 ) -> list[Form]:
     eqn, operands = equation.eqn, tuple(values[i] for i in equation.inputs)
-    examples = next(f for f in arrived if f is not None).materialize().shape[0]
+    why = f"{eqn.primitive} of the parameter at {source_line(eqn)} is no isometry"
+    stacks = [None if f is None else f.materialize() for f in arrived]
+    examples = next(x.shape[0] for x in stacks if x is not None)
     cotangents = []
-    reasons: dict[str, None] = {}
     for k in equation.differentiable:
-        form, aval = arrived[k], eqn.outvars[k].aval
-        if form is None:
-            cotangents.append(jnp.zeros((examples, *aval.shape), aval.dtype))
-            continue
-        cotangents.append(form.materialize())
-        for term in terms(form):
-            why = f"{eqn.primitive} of the parameter at {source_line(eqn)} is no isometry"
-            reasons[term.reason if isinstance(term, Dense) else why] = None
+        aval = eqn.outvars[k].aval
+        zeros = jnp.zeros((examples, *aval.shape), aval.dtype)
+        cotangents.append(zeros if stacks[k] is None else stacks[k])
+    found = [term for form in arrived if form is not None for term in terms(form)]
+    reasons = [term.reason if isinstance(term, Dense) else why for term in found]
     if eqn.primitive is P.broadcast_in_dim_p:
         stacked: tuple[Any, ...] = (_summed(cotangents[0], operands[positions[0]].shape, eqn),)
     else:
@@ -82,8 +79,8 @@ def _dense(
         stacked = stacked_vjp(eqn, positions, none_batched, operands, tuple(cotangents))
     grows = sum(x.size for x in stacked) > sum(x.size for x in cotangents)
     if grows and eqn.primitive not in _PLACING:
-        reasons[f"{eqn.primitive} of the parameter at {source_line(eqn)} is no isometry"] = None
-    reason = "; ".join(r for r in reasons if r)
+        reasons.append(why)
+    reason = "; ".join(dict.fromkeys(r for r in reasons if r))
     return [Dense(x, reason) for x in stacked]
 
 
@@ -101,18 +98,21 @@ def _summed(stacked: Any, shape: tuple[int, ...], eqn: Any) -> Any:
 
 
 def _reshaped(form: Any, position: int, operands: list[Any], params: dict[str, Any]) -> Form | None:
-    shape = operands[position].shape
-    if params.get("dimensions") is not None and "new_sizes" in params:
-        return None
-    if operands[position].size != form.layout.sizes[0] * form.layout.sizes[1] * form.layout.sizes[2]:
-        return None  # a broadcast
-    layout = form.layout.reshaped(shape)
+    operand = operands[position]
+    if operand.size != math.prod(form.shape) or params.get("dimensions") is not None:
+        return None  # a broadcast, or a reshape that also transposes
+    return replace(form, layout=form.layout.reshaped(operand.shape))
+
+
+def _squeezed(form: Any, position: int, operands: list[Any], params: dict[str, Any]) -> Form:
+    return replace(form, layout=form.layout.reshaped(operands[position].shape))
+
+
+def _transposed(
+    form: Any, position: int, operands: list[Any], params: dict[str, Any]
+) -> Form | None:
+    layout = form.layout.transposed(params["permutation"], operands[position].shape)
     return None if layout is None else replace(form, layout=layout)
-
-
-def _transposed(form: Any, position: int, operands: list[Any], params: dict[str, Any]) -> Form:
-    shape = operands[position].shape
-    return replace(form, layout=form.layout.transposed(params["permutation"], shape))
 
 
 def _cast(form: Any, position: int, operands: list[Any], params: dict[str, Any]) -> Form:
@@ -131,7 +131,7 @@ def _divided(form: Form, position: int, operands: list[Any], params: dict[str, A
 
 _FACTORED: dict[Primitive, Callable[[Any, int, list[Any], dict[str, Any]], Form | None]] = {
     P.reshape_p: _reshaped,
-    P.squeeze_p: _reshaped,
+    P.squeeze_p: _squeezed,
     P.broadcast_in_dim_p: _reshaped,
     P.transpose_p: _transposed,
     P.convert_element_type_p: _cast,

@@ -93,6 +93,7 @@ def stacked_vjp(
 
     `cotangents` are those of the floating-point outputs.
     """
+
     def one(operands: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         def run(*chosen: Any) -> tuple[Any, ...]:
             full = list(operands)

@@ -69,7 +69,10 @@ def _cotangents(
     uses = program.uses
     which = {equation: k for k, equation in enumerate(uses)}
     taps = [
-        [jnp.zeros(v.aval.shape, v.aval.dtype) for v in (e.eqn.outvars[k] for k in e.differentiable)]
+        [
+            jnp.zeros(v.aval.shape, v.aval.dtype)
+            for v in (e.eqn.outvars[k] for k in e.differentiable)
+        ]
         for e in uses
     ]
 
@@ -130,4 +133,6 @@ def _zero(parameter: jax.Array, count: int) -> Form:
     """The gradient of a parameter that is not used: no terms."""
     shape, dtype = parameter.shape, parameter.dtype
     layout = Layout(shape, dtype, ((), tuple(range(len(shape))), ()))
-    return Outer(jnp.zeros((count, 1, 0, parameter.size), dtype), jnp.zeros((count, 1, 0, 1), dtype), layout)
+    return Outer(
+        jnp.zeros((count, 1, 0, parameter.size), dtype), jnp.zeros((count, 1, 0, 1), dtype), layout
+    )

@@ -1,5 +1,7 @@
 """Whole models against the oracle."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,8 @@ def mlp(params, example):
 
 
 def mlp_params(*widths):
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return [(normal(i, m, n), normal(9 + i, n)) for i, (m, n) in enumerate(pairs)]
+    layers = enumerate(itertools.pairwise(widths))
+    return [(normal(i, m, n), normal(9 + i, n)) for i, (m, n) in layers]
 
 
 def batch(size=6):
@@ -40,7 +42,10 @@ def batch(size=6):
 
 @pytest.mark.parametrize("size", [1, 6])
 def test_mlp(size):
-    assert_equals_oracle(mlp, mlp_params(5, 8, 8, 3), batch(size))
+    params = mlp_params(5, 8, 8, 3)
+    assert_equals_oracle(mlp, params, batch(size))
+    expected = jnp.sqrt(sq_norms(stacked_grads(mlp, params, batch(size))))
+    close(per_example_norms(mlp)(params, batch(size)), expected, 1e-12)
 
 
 def test_tied_weights_need_the_cross_terms():

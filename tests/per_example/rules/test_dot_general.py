@@ -2,11 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from agreement import assert_equals_oracle, normal
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-
-from agreement import assert_equals_oracle, normal
 
 
 @st.composite
@@ -33,6 +32,7 @@ def products(draw):
     return lhs, rhs, ((contract_lhs, contract_rhs), (batch_lhs, batch_rhs))
 
 
+@settings(max_examples=12)
 @given(products(), st.booleans())
 def test_every_dimension_number_and_both_sides(product, weight_is_lhs):
     lhs, rhs, numbers = product

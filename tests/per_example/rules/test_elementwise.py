@@ -1,8 +1,7 @@
 import jax.numpy as jnp
 import pytest
-from jax import lax
-
 from agreement import assert_equals_oracle, normal
+from jax import lax
 
 OPS = {
     "add": lambda p, x: p + x,

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 import pytest
+from agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import Gathered, per_example_grad
-from agreement import assert_equals_oracle, normal
 
 IDS = jnp.array([[0, 2, 2, 5], [1, 1, 1, 1], [3, 0, 4, 3]])
 

@@ -1,0 +1,119 @@
+"""Every pair of forms against their stacked arrays."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from agreement import close, normal
+
+from optaxclip.per_example import Dense, Gathered, Outer, Sum
+from optaxclip.per_example.forms import add, scale
+from optaxclip.per_example.layout import Layout
+
+B, SHAPE = 3, (6, 4)
+ROWS = Layout(SHAPE, jnp.dtype("float64"), ((), (0,), (1,)))
+COLUMNS = ROWS.swapped()
+WHOLE = Layout(SHAPE, jnp.dtype("float64"), ((), (0, 1), ()))
+BATCHED = Layout(SHAPE, jnp.dtype("float64"), ((0,), (1,), ()))
+SPLIT = Layout(SHAPE, jnp.dtype("float64"), ((0,), (1, 3), (2,)), (2, 3, 2, 2))
+IDS = jnp.array([[0, 2, 2, 5], [1, 1, 1, 1], [3, 0, 4, 3]])
+
+
+def outer(seed, layout, t):
+    k, i, o = layout.sizes
+    return Outer(normal(seed, B, k, t, i), normal(seed + 1, B, k, t, o), layout)
+
+
+def forms():
+    found = {
+        f"outer {name} T={t}": outer(10 * t, layout, t)
+        for name, layout in [("rows", ROWS), ("columns", COLUMNS), ("whole", WHOLE)]
+        for t in (1, 2, 9)
+    }
+    found["outer batched"] = outer(50, BATCHED, 2)
+    found["outer split"] = outer(52, SPLIT, 2)
+    found["outer empty"] = outer(54, ROWS, 0)
+    found["gathered rows"] = Gathered(IDS, normal(60, B, 4, 4), ROWS)
+    found["gathered more rows"] = Gathered((5 - IDS)[:, :2], normal(61, B, 2, 4), ROWS)
+    found["gathered columns"] = Gathered(IDS % 4, normal(62, B, 4, 6), COLUMNS)
+    found["dense"] = Dense(normal(63, B, *SHAPE))
+    found["sum"] = Sum((found["outer rows T=2"], found["gathered rows"], found["dense"]))
+    return found
+
+
+with jax.enable_x64(True):
+    FORMS = forms()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_norms_sums_and_stacks(name):
+    form = FORMS[name]
+    stacked = np.asarray(form.materialize())
+    assert stacked.shape == (B, *SHAPE)
+    close(form.sq_norm(), jnp.sum(stacked**2, axis=(1, 2)), 1e-12)
+    weights = jnp.array([1.0, -2.0, 0.5])
+    close(form.weighted_sum(weights), jnp.tensordot(weights, stacked, 1), 1e-12)
+    close(scale(form, -3.0).materialize(), -3 * stacked, 1e-12)
+    assert (form.shape, form.dtype) == (SHAPE, jnp.float64)
+
+
+def test_stacks_are_the_definition():
+    """Materialize, the yardstick of the other tests, written out by hand."""
+    found, k = forms(), np.arange(B)
+    form = found["outer columns T=9"]
+    by_hand = np.einsum("bti,bto->boi", form.left[:, 0], form.right[:, 0])
+    close(form.materialize(), jnp.asarray(by_hand), 1e-12)
+    form, table = found["gathered rows"], np.zeros((B, *SHAPE))
+    for b, t in itertools.product(k, range(4)):
+        table[b, IDS[b, t]] += np.asarray(form.right[b, t])
+    close(form.materialize(), jnp.asarray(table), 1e-12)
+    form = found["outer split"]
+    by_hand = np.einsum("bkti,bkto->bkio", form.left, form.right).reshape(B, 2, 3, 2, 2)
+    by_hand = by_hand.transpose(0, 1, 2, 4, 3).reshape(B, *SHAPE)
+    close(form.materialize(), jnp.asarray(by_hand), 1e-12)
+
+
+def test_every_pair():
+    found = forms()
+
+    @jax.jit
+    def products(found):
+        pairs = itertools.product(found.values(), repeat=2)
+        return [(x.inner(y), add([x, y]).sq_norm(), add([x, y]).materialize()) for x, y in pairs]
+
+    stacked = {n: np.asarray(f.materialize()) for n, f in found.items()}
+    pairs = itertools.product(stacked.values(), repeat=2)
+    for (inner, norm, total), (x, y) in zip(products(found), pairs, strict=True):
+        close(inner, jnp.sum(x * y, axis=(1, 2)), 1e-12)
+        close(norm, jnp.sum((x + y) ** 2, axis=(1, 2)), 1e-12)
+        close(total, jnp.asarray(x + y), 1e-12)
+
+
+def test_forms_of_one_layout_are_joined():
+    found = forms()
+    rows, columns = found["outer rows T=2"], found["outer columns T=9"]
+    joined = add([rows, columns])
+    assert isinstance(joined, Outer)
+    assert joined.left.shape[2] == 11
+    assert isinstance(add([found["sum"], found["sum"]]), Sum)
+    assert len(add([found["sum"], found["sum"]]).terms) == 3
+
+
+def test_a_wide_table_is_never_stacked():
+    """No buffer of B x V x D or T x T: 2 x 10^9 rows would not fit."""
+    t, rows = 20_000, 2_000_000
+    layout = Layout((rows, 1000), jnp.dtype("float32"), ((), (0,), (1,)))
+    ids = jax.ShapeDtypeStruct((2, t), jnp.int32)
+    right = jax.ShapeDtypeStruct((2, t, 1000), jnp.float32)
+    norm = jax.jit(lambda f: f.sq_norm()).lower(Gathered(ids, right, layout)).compile()
+    assert norm.memory_analysis().temp_size_in_bytes < 5 * 2 * t * 1000 * 4
+
+
+def test_gram_sums_that_cancel_stay_nonnegative():
+    left = jnp.stack([normal(0, 8), normal(0, 8)])[None, None] * 1e3
+    right = jnp.stack([normal(1, 8), -normal(1, 8)])[None, None] * 1e3
+    form = Outer(left, right * (1 + 1e-12), Layout((8, 8), left.dtype, ((), (0,), (1,))))
+    assert form.norm_method == "gram"
+    assert float(form.sq_norm()[0]) >= 0

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from agreement import assert_equals_oracle, normal
+from jax import lax
+from jax.extend.core import primitives
+
+from optaxclip.per_example import Dense, registry
+from optaxclip.per_example.registry import register_rule
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    """A copy of the rules, so that a test can add some."""
+    copy = dict(registry._RULES)
+    monkeypatch.setattr(registry, "_RULES", copy)
+    return copy
+
+
+def loss(w, x):
+    return jnp.sum(jnp.sin(lax.rem(w, x)))
+
+
+with jax.enable_x64(True):
+    W, X = normal(0, 4), 2 + normal(1, 5, 4) / 4
+
+
+def test_a_new_rule_replaces_the_fallback(rules):
+    assert_equals_oracle(loss, W, X, fallbacks=[""])
+
+    @register_rule(primitives.rem_p)
+    def rem(ctx, w, x):
+        """d(w mod x)/dw = 1."""
+        assert ctx.position == 0
+        assert ctx.batched == (False, True)
+        assert (ctx.examples, w.shape, x.shape) == (5, (4,), (5, 4))
+        assert ctx.parameter is w
+        assert "test_registry.py" in ctx.source
+        return Dense(ctx.cotangent)
+
+    assert_equals_oracle(loss, W, X)
+
+
+def test_a_rule_may_decline(rules):
+    register_rule(primitives.rem_p)(lambda ctx, *operands, **params: None)
+    assert_equals_oracle(loss, W, X, fallbacks=[""])
+
+
+def test_each_operand_is_asked_for_on_its_own():
+    """Both branches of a select are parameters, and so are both bounds of a clamp."""
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(lax.select(x > 0, w["a"], w["a"] * w["b"])))
+
+    assert_equals_oracle(loss, {"a": W, "b": W + 1}, X - 2)
