@@ -77,7 +77,7 @@ def _dense(
     else:
         none_batched = (False,) * len(operands)
         stacked = stacked_vjp(eqn, positions, none_batched, operands, tuple(cotangents))
-    grows = sum(x.size for x in stacked) > sum(x.size for x in cotangents)
+    grows = max(x.size for x in stacked) > sum(x.size for x in cotangents)
     if grows and eqn.primitive not in _PLACING:
         reasons.append(why)
     reason = "; ".join(dict.fromkeys(r for r in reasons if r))
