@@ -27,7 +27,7 @@ class Equation:
     @property
     def differentiable(self) -> tuple[int, ...]:
         """Positions of the outputs through which gradients flow."""
-        avals = [v.aval for v in self.eqn.outvars]
+        avals: list[Any] = [v.aval for v in self.eqn.outvars]
         return tuple(k for k, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.inexact))
 
 

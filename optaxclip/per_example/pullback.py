@@ -63,11 +63,11 @@ def _dense(
 ) -> list[Form]:
     eqn, operands = equation.eqn, tuple(values[i] for i in equation.inputs)
     why = f"{eqn.primitive} of the parameter at {source_line(eqn)} is no isometry"
-    stacks = [None if f is None else f.materialize() for f in arrived]
+    stacks: list[Any] = [None if f is None else f.materialize() for f in arrived]
     examples = next(x.shape[0] for x in stacks if x is not None)
     cotangents = []
     for k in equation.differentiable:
-        aval = eqn.outvars[k].aval
+        aval: Any = eqn.outvars[k].aval
         zeros = jnp.zeros((examples, *aval.shape), aval.dtype)
         cotangents.append(zeros if stacks[k] is None else stacks[k])
     found = [term for form in arrived if form is not None for term in terms(form)]

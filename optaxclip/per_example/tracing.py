@@ -68,13 +68,7 @@ def _cotangents(
 ) -> tuple[jax.Array, list[_Use]]:
     uses = program.uses
     which = {equation: k for k, equation in enumerate(uses)}
-    taps = [
-        [
-            jnp.zeros(v.aval.shape, v.aval.dtype)
-            for v in (e.eqn.outvars[k] for k in e.differentiable)
-        ]
-        for e in uses
-    ]
+    taps = [[_zeros(e.eqn.outvars[k].aval) for k in e.differentiable] for e in uses]
 
     def run(taps: list[list[Any]], example: list[Any]) -> tuple[Any, list[dict[int, Any]]]:
         local = dict(values)
@@ -104,6 +98,10 @@ def _cotangents(
         batched = tuple(p in record for p in range(len(operands)))
         found.append(_Use(equation, operands, batched, tuple(cotangent)))
     return losses, found
+
+
+def _zeros(aval: Any) -> jax.Array:
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _forms(use: _Use, program: Program) -> list[tuple[int, Form]]:

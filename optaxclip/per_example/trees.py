@@ -21,7 +21,8 @@ def sq_norms(grads: Tree) -> jax.Array:
 
 def inner(grads: Tree, other: Tree) -> jax.Array:
     """`<g_b, h_b>` over the whole tree, [B]. Both have one structure."""
-    ours, theirs = (jax.tree.structure(x, is_leaf=is_form) for x in (grads, other))
+    ours: Any = jax.tree.structure(grads, is_leaf=is_form)
+    theirs: Any = jax.tree.structure(other, is_leaf=is_form)
     if ours != theirs:
         raise ValueError(
             f"grads and other must have one structure, got {ours} and {theirs}. Take both"
