@@ -4,7 +4,11 @@ from typing import Any
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, primitives
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Primitive as Primitive
+from jax.extend.core import primitives as primitives
 
 # Remat is inlined too: its values and derivatives are those of its body.
 _CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.call_p, primitives.remat_p)

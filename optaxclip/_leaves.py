@@ -31,7 +31,7 @@ class Leaves:
         """Raises `TypeError` for a leaf that is no array."""
         arrays, paths, positions = [], [], []
         for i, (key_path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
-            path = _name(key_path)
+            path = path_name(key_path)
             if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
                 raise TypeError(
                     f"leaves must be arrays, got {type(leaf).__name__} {leaf!r} at"
@@ -70,7 +70,7 @@ class Leaves:
         return [entries[i] for i in self.positions]
 
 
-def _name(key_path: tuple) -> str:
+def path_name(key_path: tuple) -> str:
     """`"block/dense/kernel"`; the same for a Flax NNX variable and for the array it holds."""
     if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
         key_path = key_path[:-1]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import _name
+from optaxclip._leaves import path_name
 from optaxclip.per_example import rules as rules
 from optaxclip.per_example.tracing import value_and_forms
 from optaxclip.per_example.trees import sq_norms
@@ -84,7 +84,7 @@ def _check_params(params: Tree) -> None:
             kind = type(leaf).__name__ if dtype is None else f"{dtype}{list(leaf.shape)}"
             raise TypeError(
                 f"params must be real floating-point arrays, got {kind} at"
-                f" params/{_name(path)}. Close over what is not differentiated, or keep it in"
+                f" params/{path_name(path)}. Close over what is not differentiated, or keep it in"
                 " a tree of its own."
             )
 
@@ -95,7 +95,7 @@ def _check_batch(batch: Tree) -> None:
         raise ValueError("batch must have at least one array, got none. Pass the examples.")
     first: Any = None
     for path, leaf in leaves:
-        name = "/".join(filter(None, ("batch", _name(path))))
+        name = "/".join(filter(None, ("batch", path_name(path))))
         shape = jnp.shape(leaf)
         if not shape:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from optaxclip._leaves import _name
+from optaxclip._leaves import path_name
 from optaxclip.per_example.forms import Dense, Form, is_form, terms
 from optaxclip.per_example.gradients import per_example_grad
 
@@ -75,7 +75,7 @@ def explain(fun: Callable, params: Any, batch: Any) -> Plan:
     """
     grads = jax.eval_shape(per_example_grad(fun), params, batch)
     leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
-    return Plan(tuple(_row(_name(path), form) for path, form in leaves))
+    return Plan(tuple(_row(path_name(path), form) for path, form in leaves))
 
 
 def _row(path: str, form: Any) -> Row:

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, JaxprEqn, primitives
 
-from optaxclip._compat import inlined_jaxpr, is_literal
+from optaxclip._compat import ClosedJaxpr, JaxprEqn, inlined_jaxpr, is_literal, primitives
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

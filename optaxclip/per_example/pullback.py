@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.extend.core import primitives as P  # noqa: N812
 
-from optaxclip._compat import source_line
+from optaxclip._compat import Primitive, source_line
+from optaxclip._compat import primitives as P  # noqa: N812
 from optaxclip.norms import accumulator
 from optaxclip.per_example.forms import Dense, Form, Gathered, Outer, add, scale, terms
 from optaxclip.per_example.program import Equation, Program

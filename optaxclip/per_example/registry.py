@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Primitive
 
-from optaxclip._compat import bind, source_line
+from optaxclip._compat import JaxprEqn, Primitive, bind, source_line
 from optaxclip.per_example.forms import Form
 
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import pytest
 from agreement import assert_equals_oracle, normal
 from jax import lax
-from jax.extend.core import primitives
 
+from optaxclip._compat import primitives
 from optaxclip.per_example import Dense, registry
 from optaxclip.per_example.registry import register_rule
 

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from jax import lax
-from jax.extend.core import primitives as P  # noqa: N812
 
+from optaxclip._compat import primitives as P  # noqa: N812
 from optaxclip.per_example.forms import Dense, Outer
 from optaxclip.per_example.layout import Layout
 from optaxclip.per_example.registry import RuleContext, register_rule

@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from jax.extend.core import primitives as P  # noqa: N812
-
+from optaxclip._compat import primitives as P  # noqa: N812
 from optaxclip.per_example.forms import Outer
 from optaxclip.per_example.layout import Layout
 from optaxclip.per_example.registry import RuleContext, register_rule

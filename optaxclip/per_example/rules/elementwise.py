@@ -7,8 +7,7 @@ it up.
 
 from typing import Any
 
-from jax.extend.core import primitives as P  # noqa: N812
-
+from optaxclip._compat import primitives as P  # noqa: N812
 from optaxclip.per_example.forms import Dense
 from optaxclip.per_example.registry import RuleContext, register_rule
 

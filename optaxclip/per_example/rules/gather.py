@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives as P  # noqa: N812
 
+from optaxclip._compat import primitives as P  # noqa: N812
 from optaxclip.per_example.forms import Gathered
 from optaxclip.per_example.layout import Layout
 from optaxclip.per_example.registry import RuleContext, register_rule
