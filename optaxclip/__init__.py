@@ -1,8 +1,8 @@
 """Gradient clipping for JAX: composable, float32-safe, shard-aware Optax transformations."""
 
+from optaxclip._statistics import ClipStats as ClipStats
+from optaxclip._statistics import GroupStats as GroupStats
 from optaxclip.clipping import ClipState as ClipState
-from optaxclip.clipping import ClipStats as ClipStats
-from optaxclip.clipping import GroupStats as GroupStats
 from optaxclip.clipping import clip_by as clip_by
 from optaxclip.clipping import clip_stats as clip_stats
 from optaxclip.guards import SkipNonfiniteState as SkipNonfiniteState

@@ -1,68 +1,31 @@
-"""`clip_by(norm, threshold, response)`: the one engine behind every clipper; its statistics."""
+"""`clip_by(norm, threshold, response)`: the one engine behind every clipper, and its state."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
-from optaxclip.norms import By, Layout, Norm, Slots, accumulator, times
+from optaxclip._reductions import accumulator, times
+from optaxclip._statistics import (
+    ClipStats,
+    ExampleStats,
+    GroupStats,
+    check_same_groups,
+    empty_stats,
+    record,
+    record_nothing,
+)
+from optaxclip.norms import Bundles, By, Layout, Norm
 from optaxclip.responses import Rescale, Response, as_response
-from optaxclip.thresholds import Context, as_threshold
+from optaxclip.thresholds import Context, as_threshold, non_negative
 
 NonFinite = Literal["propagate", "zero"]
 
-# The worst of 1000 slots in one step is one kernel of 1000 formulas, which compiles for 22 s; in
-# steps of this many it takes 5 s (2 CPU cores).
-_AT_ONCE = 32
-
-# Up to this many leaves, units or labelled groups are recorded one by one.
-_MAX_RECORDED = 256
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["pre_clip_norm", "threshold", "clip_factor", "clipped_count"],
-    meta_fields=["names"],
-)
-@dataclasses.dataclass(frozen=True)
-class GroupStats:
-    """The last step group by group: arrays `[groups]`, with the groups' names."""
-
-    names: tuple[str, ...]
-    pre_clip_norm: jax.Array
-    threshold: jax.Array
-    clip_factor: jax.Array
-    clipped_count: jax.Array
-
-
-class ClipStats(NamedTuple):
-    """What a clipper did; float32 and int32 scalars, of one shape from `init` on.
-
-    With several groups (leaves, units, elements) norm, threshold and factor are those of
-    the group that exceeded its bound most on the last step.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # as in Optax's states; hides tuple.count
-    """Steps taken."""
-    pre_clip_norm: jax.Array
-    """The norm that came in."""
-    post_clip_norm: jax.Array
-    """The norm that went out."""
-    threshold: jax.Array
-    """The bound."""
-    clip_factor: jax.Array
-    """What the gradient was multiplied by; 1 if it was left alone."""
-    clipped_count: jax.Array
-    """Steps on which some group was not within its bound (NaN never is)."""
-    nonfinite_count: jax.Array
-    """Steps on which some element was NaN or infinite."""
-    groups: GroupStats | None = None
-    """Group by group, for 2 to 256 leaves, units or labels; else None."""
+_SCALARS = [k for k in ClipStats._fields if k not in ("groups", "examples")]
 
 
 @functools.partial(
@@ -97,8 +60,8 @@ def clip_by(
       threshold: a number >= 0, a scalar array (traced too), a schedule `count -> bound`, a
         tree prefix of these (a dict by label for groups), or a `Threshold`. In the units
         of the norm.
-      response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"drop"`, or
-        a `Response`.
+      response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
+        `"psac"`, `"drop"`, or a `Response`.
       nonfinite: what becomes of a group with NaN or infinite elements. `"propagate"`: as in
         Optax, NaN stays NaN; an infinity turns the group's finite elements to 0 and itself
         to NaN. `"zero"`: the group becomes zeros (for elements, just these elements). Either
@@ -147,31 +110,41 @@ def clip_by(
 
     def init_fn(params: Tree) -> ClipState:
         layout = measured.layout(measured.leaves(params))
-        return ClipState(name, _empty_stats(measured, layout), limit.init(measured, params))
+        return ClipState(name, empty_stats(measured, layout), limit.init(measured, params))
 
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
         leaves = measured.leaves(updates)
         layout = measured.layout(leaves)
-        _check_same_groups(state.stats, layout)
+        check_same_groups(state.stats, layout)
         norms = measured.measure(leaves, layout) if stats else _unmeasured(layout)
         context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
         bounds, threshold_state = limit.bound(norms, state.threshold_state, context)
-        bounds = _non_negative(bounds)
+        bounds = non_negative(bounds)
 
-        def clip(x: jax.Array, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        if measured.by == "element":
+            clipped = [
+                _clip_elements(x, bound, answer, nonfinite)
+                for x, bound in zip(leaves.arrays, layout.by_slot(bounds), strict=True)
+            ]
+        else:
+            factors = tuple(map(answer.factor, norms, bounds))
+            by_slot = list(zip(layout.by_slot(norms), layout.by_slot(factors), strict=True))
+            clipped = [
+                _scale_leaf(x, *by_slot[slot], nonfinite)
+                for x, slot in zip(leaves.arrays, layout.slots, strict=True)
+            ]
+
+        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
+            """What becomes of a norm: it is clipped as a single element would be."""
             if measured.by == "element":
-                return _clip_elements(x, bound, answer, nonfinite)
-            return _clip_leaf(x, norm, bound, answer, nonfinite)
+                return _clip_elements(norm, bound, answer, nonfinite)
+            return _scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
 
-        arrays = [
-            clip(x, norms[slot], bounds[slot])
-            for x, slot in zip(leaves.arrays, layout.slots, strict=True)
-        ]
-        record = _record if stats else _record_nothing
-        new_stats = record(state.stats, norms, bounds, answer, clip)
-        return leaves.replace(arrays), ClipState(state.name, new_stats, threshold_state)
+        keep = record if stats else record_nothing
+        new_stats = keep(state.stats, layout, norms, bounds, answer, clip_norm)
+        return leaves.replace(clipped), ClipState(state.name, new_stats, threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -211,27 +184,23 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
 
 def _unwrapped(stats: ClipStats) -> ClipStats:
     """Flax NNX wraps each array of a state in a variable, a node with one leaf."""
-    fields = {k: jax.tree.leaves(x)[0] for k, x in stats._asdict().items() if k != "groups"}
-    groups = stats.groups
+    fields = {k: jax.tree.leaves(x)[0] for k, x in zip(_SCALARS, stats, strict=False)}
+    groups, examples = stats.groups, stats.examples
     if groups is not None:
         groups = GroupStats(groups.names, *jax.tree.leaves(groups))
-    return stats._replace(**fields, groups=groups)
+    if examples is not None:
+        examples = ExampleStats(*jax.tree.leaves(examples))
+    return ClipStats(**fields, groups=groups, examples=examples)
 
 
-def _non_negative(bounds: Slots) -> Slots:
-    """Each bound or 0; NaN stays. One bound for all stays one array."""
-    clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
-    return tuple(clamped[id(bound)] for bound in bounds)
+def _unmeasured(layout: Layout) -> Bundles:
+    return tuple(jnp.zeros(len(slots), jnp.float32) for slots in layout.bundles)
 
 
-def _unmeasured(layout: Layout) -> Slots:
-    return tuple(jnp.zeros(shape, jnp.float32) for shape in layout.unit_shapes)
-
-
-def _clip_leaf(
-    x: jax.Array, norm: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
+def _scale_leaf(
+    x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite
 ) -> jax.Array:
-    clipped = _scale(x, response.factor(norm, bound))
+    clipped = _scale(x, factor)
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))
     return clipped
@@ -255,124 +224,3 @@ def _scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     """`x * factor`, rounded once to the leaf's dtype."""
     wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
     return times(wide, factor).astype(x.dtype)
-
-
-def _empty_stats(norm: Norm, layout: Layout) -> ClipStats:
-    groups = None
-    if norm.by in ("leaf", "unit", "group") and 1 < layout.size <= _MAX_RECORDED:
-        groups = GroupStats(
-            layout.names,
-            jnp.zeros(layout.size, jnp.float32),
-            jnp.zeros(layout.size, jnp.float32),
-            jnp.ones(layout.size, jnp.float32),
-            jnp.zeros(layout.size, jnp.int32),
-        )
-    return ClipStats(
-        count=jnp.zeros((), jnp.int32),
-        pre_clip_norm=jnp.zeros((), jnp.float32),
-        post_clip_norm=jnp.zeros((), jnp.float32),
-        threshold=jnp.zeros((), jnp.float32),
-        clip_factor=jnp.ones((), jnp.float32),
-        clipped_count=jnp.zeros((), jnp.int32),
-        nonfinite_count=jnp.zeros((), jnp.int32),
-        groups=groups,
-    )
-
-
-def _check_same_groups(stats: ClipStats, layout: Layout) -> None:
-    if stats.groups is not None and stats.groups.names != layout.names:
-        then, now = stats.groups.names, layout.names
-        differing = (name for name in (*now, *then) if name not in now or name not in then)
-        raise ValueError(
-            f"updates must have the groups that init saw, got {len(now)} for {len(then)}, and"
-            f" {next(differing, 'their order')} differs. Call init with the tree the gradient is"
-            " taken for."
-        )
-
-
-def _record(
-    stats: ClipStats, norms: Slots, bounds: Slots, response: Response, clip: Callable
-) -> ClipStats:
-    count = optax.safe_increment(stats.count)
-    if not norms:
-        return stats._replace(count=count)
-
-    def answer(norm: jax.Array, bound: jax.Array) -> jax.Array:
-        """The factor; 0 where a group that is not finite was zeroed."""
-        factor = response.factor(norm, bound)
-        zeroed = (clip(norm, norm, bound) == 0) & ~jnp.isfinite(norm)
-        return jnp.where(zeroed, 0.0, factor)
-
-    norm, bound, exceeded = _worst(norms, bounds)
-    groups = stats.groups
-    if groups is not None:
-        n, c = _flat(norms), _flat(_broadcast(bounds, norms))
-        clipped_count = _count_if(~(n <= c), groups.clipped_count)
-        groups = GroupStats(groups.names, n, c, answer(n, c), clipped_count)
-    return ClipStats(
-        count=count,
-        pre_clip_norm=norm,
-        post_clip_norm=clip(norm, norm, bound),
-        threshold=bound,
-        clip_factor=answer(norm, bound),
-        clipped_count=_count_if(exceeded, stats.clipped_count),
-        nonfinite_count=_count_if(~jnp.isfinite(norm), stats.nonfinite_count),
-        groups=groups,
-    )
-
-
-def _record_nothing(stats: ClipStats, norms: Slots, bounds: Slots, *_: Any) -> ClipStats:
-    count = optax.safe_increment(stats.count)
-    if not norms:
-        return stats._replace(count=count)
-    unknown = jnp.full((), -1, jnp.float32)
-    uncounted = jnp.full((), -1, jnp.int32)
-    least = jnp.min(_flat(bounds))
-    return ClipStats(count, unknown, unknown, least, unknown, uncounted, uncounted, None)
-
-
-def _worst(norms: Slots, bounds: Slots) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Norm and bound where n / c is largest, and whether any n exceeds its c.
-
-    Norms that are not finite come first.
-    """
-    if all(bound is bounds[0] for bound in bounds) and bounds[0].ndim == 0:
-        norm, (bound,) = _max(norms), _flat(bounds[:1])
-        return norm, bound, ~(norm <= bound)
-    if len(norms) > _AT_ONCE:
-        starts = range(0, len(norms), _AT_ONCE)
-        parts = [_worst(norms[i : i + _AT_ONCE], bounds[i : i + _AT_ONCE]) for i in starts]
-        worst_norms, worst_bounds, exceeded = zip(*parts, strict=True)
-        norm, bound, _ = _worst(worst_norms, worst_bounds)
-        return norm, bound, jnp.any(jnp.stack(exceeded))
-    n, c = _flat(norms), _flat(_broadcast(bounds, norms))
-    zero = n == 0
-    excess = jnp.where(zero, 0.0, n / jnp.where(zero, 1.0, c))
-    at = jnp.argmax(jnp.where(jnp.isfinite(n), excess, jnp.nan))  # NaN is largest for argmax
-    return n[at], c[at], ~jnp.all(n <= c)
-
-
-def _max(norms: Slots) -> jax.Array:
-    while len(norms) > _AT_ONCE:
-        starts = range(0, len(norms), _AT_ONCE)
-        norms = tuple(jnp.max(_flat(norms[i : i + _AT_ONCE])) for i in starts)
-    return jnp.max(_flat(norms))
-
-
-def _broadcast(bounds: Slots, norms: Slots) -> Slots:
-    return tuple(jnp.broadcast_to(c, n.shape) for c, n in zip(bounds, norms, strict=True))
-
-
-def _flat(slots: Slots) -> jax.Array:
-    """All slots in one float32 vector; what is finite stays finite."""
-    vectors = [x.reshape(-1) for x in slots]
-    vector = vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
-    vector = jax.lax.optimization_barrier(vector)
-    if vector.dtype == jnp.float32:
-        return vector
-    largest = jnp.finfo(jnp.float32).max
-    return jnp.where(jnp.isfinite(vector), jnp.minimum(vector, largest), vector).astype(jnp.float32)
-
-
-def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:
-    return jnp.where(happened, optax.safe_increment(counter), counter)

@@ -1,15 +1,16 @@
 """What a clipper measures: float32-safe, overflow-safe, shard-aware norms of a tree.
 
 A `Norm` reads the leaves of a tree and gives norms: one for the whole tree, for each leaf,
-for each unit of each leaf (row, filter, head), or for each labelled group of leaves. They
-come slot by slot: a slot is one leaf, or all the leaves that share a norm. Slots do not
-depend on one another, so that XLA can measure a leaf and update it while it is in cache.
+for each unit of each leaf (row, filter, head), or for each labelled group of leaves. What
+shares a norm is a slot: one leaf, or several. Slots of one shape are handled together, a
+bundle at a time; bundles do not depend on one another, so that XLA can measure leaves and
+update them while they are in cache.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,22 +20,21 @@ from jax import lax
 
 from optaxclip._compat import varying_axes
 from optaxclip._leaves import LeafFn, Leaves, Tree
+from optaxclip._reductions import Terms, accumulator, norms_of, power, vanishing
 from optaxclip.unit_axes import UnitAxes, resolve
 
 By = Literal["element", "global", "leaf", "unit", "group"]
 AxisName = str | tuple[str, ...] | LeafFn | None
-Slots = tuple[jax.Array, ...]
-"""One array a slot: a scalar, or one entry a unit, of a shape that broadcasts to the leaf."""
+Bundles = tuple[jax.Array, ...]
+"""One array a bundle, [slots, *unit shape], where the unit shape broadcasts to the leaf."""
 
 L2: Any = np.int64(2)
 """The default `ord`: no `int`, so that `optax.inject_hyperparams` leaves it static."""
 
-# Up to this many elements are small: such a slot is measured in two passes over the cache, which
-# compile faster than a `cond` for the rare scales. Small leaves of one shape in one slot are
-# added before they are reduced, this many at a time: a global norm over 1000 x 1024 in front of
-# Adam is then 1.13x Adam and compiles in 6 s, against 1.44x and 9.4 s (2 CPU cores).
-_SMALL = 16_384
-_LEAVES_AT_ONCE = 16
+# A bundle has up to this many leaves, and this many elements unless it is one leaf: many enough
+# to share the cost of a branch, few enough to be still in cache when they are updated.
+_BUNDLE_LEAVES = 32
+_BUNDLE_ELEMENTS = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Layout:
     """The axes to reduce, of each leaf."""
     unit_shapes: tuple[tuple[int, ...], ...]
     """The shape of each slot's norms."""
+    bundles: tuple[tuple[int, ...], ...]
+    """The slots of each bundle."""
     labels: tuple[str, ...] | None = None
 
     @property
@@ -73,6 +75,54 @@ class Layout:
         for leaf, slot in enumerate(self.slots):
             members[slot].append(leaf)
         return members
+
+    def bundle(self, by_slot: Sequence[jax.Array]) -> Bundles:
+        """Arrays slot by slot -> bundles; a scalar becomes one that broadcasts to its units."""
+
+        def full(slot: int) -> jax.Array:
+            x = by_slot[slot]
+            return x if x.ndim else x.reshape((1,) * len(self.unit_shapes[slot]))
+
+        return tuple(jnp.stack([full(slot) for slot in slots]) for slots in self.bundles)
+
+    def by_slot(self, bundles: Bundles) -> list[jax.Array]:
+        """Bundles -> arrays slot by slot. A bundle without axes holds for all of its slots."""
+        found: dict[int, jax.Array] = {}
+        for array, slots in zip(bundles, self.bundles, strict=True):
+            for k, slot in enumerate(slots):
+                found[slot] = lax.index_in_dim(array, k, keepdims=False) if array.ndim else array
+        return [found[slot] for slot in range(len(found))]
+
+    def vector(self, bundles: Bundles) -> jax.Array:
+        """Bundles -> one float32 vector [size], in the order of `names` on every machine."""
+        order = np.argsort(self._bundled)
+        return flat(bundles)[order] if bundles else jnp.zeros(0, jnp.float32)
+
+    def from_vector(self, vector: jax.Array, dtype: Any) -> Bundles:
+        """A vector [size], in the order of `names` -> bundles."""
+        ordered = vector[self._bundled].astype(dtype)
+        shapes = [(len(slots), *self.unit_shapes[slots[0]]) for slots in self.bundles if slots]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+        parts = jnp.split(ordered, ends) if shapes else []
+        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    @property
+    def _bundled(self) -> np.ndarray:
+        """Where in the order of `names` each norm of the bundles, laid end to end, comes from."""
+        ends = np.cumsum([0, *map(math.prod, self.unit_shapes)])
+        units = [np.arange(ends[slot], ends[slot + 1]) for b in self.bundles for slot in b]
+        return np.concatenate([np.zeros(0, int), *units])
+
+
+def flat(bundles: Bundles) -> jax.Array:
+    """All bundles in one float32 vector; what is finite stays finite."""
+    vectors = [x.reshape(-1) for x in bundles]
+    vector = vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
+    vector = lax.optimization_barrier(vector)
+    if vector.dtype == jnp.float32:
+        return vector
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.where(jnp.isfinite(vector), jnp.minimum(vector, largest), vector).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +157,7 @@ class Norm:
       Terms are added in float32, in float64 if a leaf is float64, whatever the leaf dtype.
       A norm is finite exactly when each of its elements is: sums that overflow or
       underflow are taken again, scaled, and a norm past the largest float is that float.
-      Ordinary values of large leaves are read once. The derivative at zero is finite.
+      Ordinary values are read once. The derivative at zero is finite.
 
     Edge cases:
       Integer, boolean, float0, None, MaskedNode and empty leaves are not counted; a tree
@@ -141,46 +191,52 @@ class Norm:
         paths = tuple(leaves.paths)
         every_axis = tuple(tuple(range(x.ndim)) for x in leaves.arrays)
         if self.by == "global":
-            return Layout(paths, (0,) * len(paths), every_axis, ((),), ("global",))
+            return Layout(paths, (0,) * len(paths), every_axis, ((),), ((0,),), ("global",))
         if self.by == "group":
             found = self._labels_of(leaves)
             labels = tuple(sorted(set(found)))
             slots = tuple(map(labels.index, found))
-            return Layout(paths, slots, every_axis, ((),) * len(labels), labels)
+            alone = tuple((slot,) for slot in range(len(labels)))
+            return Layout(paths, slots, every_axis, ((),) * len(labels), alone, labels)
         slots = tuple(range(len(paths)))
         if self.by != "unit":
-            return Layout(paths, slots, every_axis, ((),) * len(paths))
+            bundles = _bundles(leaves.arrays, every_axis)
+            return Layout(paths, slots, every_axis, ((),) * len(paths), bundles)
         axes = tuple(leaves.map(functools.partial(resolve, self.unit_axes)))
         shapes = tuple(
             tuple(1 if i in a else d for i, d in enumerate(x.shape)) if len(a) < x.ndim else ()
             for a, x in zip(axes, leaves.arrays, strict=True)
         )
-        return Layout(paths, slots, axes, shapes)
+        return Layout(paths, slots, axes, shapes, _bundles(leaves.arrays, axes))
 
-    def measure(self, leaves: Leaves, layout: Layout) -> Slots:
-        """The norms, slot by slot, in float32 (float64 if a leaf of the tree is float64).
+    def measure(self, leaves: Leaves, layout: Layout) -> Bundles:
+        """The norms, in float32 (float64 if a leaf of the tree is float64).
 
         For `by="element"` the largest modulus of each leaf.
         """
         dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in leaves.arrays})
         order = math.inf if self.by == "element" else self.ord
         mesh = leaves.map(self._mesh_axes)
+        members = layout.members
+        if members == [[]]:  # the global norm of nothing
+            return (jnp.zeros(1, dtype),)
+
+        def norms(slots: Sequence[int], axes: tuple[str, ...]) -> jax.Array:
+            here = [[i for i in members[slot] if mesh[i] == axes] for slot in slots]
+            shape = layout.unit_shapes[slots[0]]
+            count = _elements(leaves, mesh, members[slots[0]]) // math.prod(shape)
+            terms = [
+                [Terms(leaves.arrays[i], layout.unit_axes[i], shape) for i in leaf] for leaf in here
+            ]
+            return norms_of(terms, order, count, dtype)
+
+        if not any(mesh):
+            return tuple(norms(slots, ()) for slots in layout.bundles)
         parts: dict[tuple[str, ...], dict[int, jax.Array]] = {}
-        for slot, members in enumerate(layout.members):
-            shape = layout.unit_shapes[slot]
-            count = _elements(leaves, mesh, members) // math.prod(shape)
-            for axes in sorted({mesh[i] for i in members}):
-                terms = [
-                    _Terms(leaves.arrays[i], layout.unit_axes[i], shape)
-                    for i in members
-                    if mesh[i] == axes
-                ]
-                parts.setdefault(axes, {})[slot] = _norm(terms, order, count, dtype)
-        nothing = jnp.zeros((), dtype)
-        if any(parts):
-            return _over_mesh(parts, order, layout, dtype)
-        local = parts.get((), {})
-        return tuple(local.get(slot, nothing) for slot in range(len(layout.unit_shapes)))
+        for slot, found in enumerate(members):
+            for axes in sorted({mesh[i] for i in found}):
+                parts.setdefault(axes, {})[slot] = norms([slot], axes)[0]
+        return layout.bundle(_over_mesh(parts, order, layout, dtype))
 
     def _labels_of(self, leaves: Leaves) -> list[str]:
         if callable(self.labels):
@@ -212,121 +268,9 @@ class Norm:
         return tuple(a for a in axes if a in varying) if varying else axes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Terms:
-    """A leaf to be reduced over `axes` to `shape`."""
-
-    x: jax.Array
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def wide(self, dtype: Any) -> jax.Array:
-        if jnp.iscomplexobj(self.x):
-            return self.x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
-        return self.x.astype(dtype)
-
-
-def _norm(leaves: list[_Terms], order: Any, count: int, dtype: Any) -> jax.Array:
-    """The norm of some leaves on this device; for "rms" their share of it, over `count`."""
-    if order == math.inf and not any(jnp.iscomplexobj(t.x) for t in leaves):
-        return _largest(leaves, dtype, jnp.abs)
-
-    def scaled() -> jax.Array:
-        """By way of x / max |x|, whose powers neither overflow nor vanish."""
-        info = jnp.finfo(dtype)
-        largest = lax.stop_gradient(_largest(leaves, dtype, _larger_part))
-        unit = jnp.clip(largest, info.tiny, 1 / info.tiny)
-        if order == math.inf:
-            norm = _largest(leaves, dtype, lambda x: jnp.abs(times(x, 1 / unit)))
-        else:
-            norm = root(_sum(leaves, term, dtype, 1 / unit))
-        return jnp.minimum(norm * unit, jnp.maximum(largest, info.max))
-
-    if order == math.inf:
-        return scaled()
-    term, root = _power(order, count)
-    small = sum(t.x.size for t in leaves) <= _SMALL
-    if small or order not in (1, 2, "rms"):
-        return scaled()
-    total = _sum(leaves, term, dtype)
-    # Units are often all zero (rows of an embedding): zeros cost a second pass elsewhere only.
-    suspect = _vanishing(total) & (total > 0) if leaves[0].shape else _vanishing(total)
-    return lax.cond(jnp.any(suspect | jnp.isinf(total)), scaled, lambda: root(total))
-
-
-def _power(order: Any, count: int) -> tuple[Callable, Callable]:
-    """The terms of a norm's sum, and the norm as a function of that sum."""
-    if order == 1:
-        return jnp.abs, lambda total: total
-    if order == 2:
-        return _abs_sq, _sqrt
-    if order == "rms":
-        return _abs_sq, lambda total: _sqrt(total / count)
-    p = float(order)
-
-    def root(total: jax.Array) -> jax.Array:
-        positive = total > 0
-        return jnp.where(positive, jnp.where(positive, total, 1.0) ** (1 / p), total)
-
-    return lambda x: jnp.abs(x) ** p, root
-
-
-def _vanishing(total: jax.Array) -> jax.Array:
-    """Whether terms of a sum of squares may have underflowed."""
-    return total < (2.0**-420 if total.dtype == jnp.float64 else 2.0**-60)
-
-
-def _sum(
-    leaves: list[_Terms], term: Callable, dtype: Any, scale: jax.Array | None = None
-) -> jax.Array:
-    """`sum term(x * scale)` over the leaves, reduced to their shape."""
-
-    def wide_term(t: _Terms) -> jax.Array:
-        return term(t.wide(dtype) if scale is None else times(t.wide(dtype), scale))
-
-    return _fold(leaves, wide_term, jnp.add, jnp.sum, dtype)
-
-
-def _largest(leaves: list[_Terms], dtype: Any, size: Callable) -> jax.Array:
-    """`max size(x)` over the leaves, reduced to their shape; NaN wins."""
-    return _fold(leaves, lambda t: size(t.x), jnp.maximum, jnp.max, dtype)
-
-
-def _fold(
-    leaves: list[_Terms], value: Callable, join: Callable, reduce: Callable, dtype: Any
-) -> jax.Array:
-    """`value` of each leaf, reduced and joined."""
-    parts = []
-    for together in _joined_first(leaves):
-        first = together[0]
-        joined = functools.reduce(join, map(value, together))
-        part = reduce(joined, axis=first.axes).reshape(first.shape)
-        parts.append(part.astype(dtype))
-    return parts[0] if len(parts) == 1 else reduce(jnp.stack(parts), axis=0)
-
-
-def _joined_first(leaves: list[_Terms]) -> list[list[_Terms]]:
-    """Leaves to join elementwise and reduce once: small and of one shape.
-
-    With one device only. On a mesh, leaves of one shape may be sharded in different ways,
-    and joining them would move them between devices.
-    """
-    if jax.device_count() > 1:
-        return [[t] for t in leaves]
-    alike: dict[Any, list[_Terms]] = {}
-    for i, t in enumerate(leaves):
-        key = (t.x.shape, t.x.dtype) if t.x.size <= _SMALL else i
-        alike.setdefault(key, []).append(t)
-    return [
-        members[k : k + _LEAVES_AT_ONCE]
-        for members in alike.values()
-        for k in range(0, len(members), _LEAVES_AT_ONCE)
-    ]
-
-
 def _over_mesh(
     parts: dict[tuple[str, ...], dict[int, jax.Array]], order: Any, layout: Layout, dtype: Any
-) -> Slots:
+) -> tuple[jax.Array, ...]:
     """Norms of the parts that devices hold -> norms of the whole: one collective a mesh axis set.
 
     Each part is in range already; only scalars travel.
@@ -352,13 +296,13 @@ def _over_mesh(
     if order == math.inf:
         norms = largest()
     elif order in (1, 2, "rms"):
-        term, root = _power(1 if order == 1 else 2, 1)
+        term, root = power(1 if order == 1 else 2, 1)
         scales = _scales(dtype)
         # Norms are >= 0. Without `maximum`, XLA makes v^2 scale^2 of it, which is inf * 0.
         sums = all_reduce(lambda v: term(jnp.maximum(v * scales[:, None], 0.0)), lax.psum, jnp.add)
         norms = _best(sums, scales, root)
     else:
-        term, root = _power(order, 1)
+        term, root = power(order, 1)
         unit = largest()
         unit = lax.stop_gradient(jnp.where((unit > 0) & (unit < jnp.inf), unit, 1.0))
         norms = unit * root(all_reduce(lambda v: term(v / unit), lax.psum, jnp.add))
@@ -375,7 +319,7 @@ def _scales(dtype: Any) -> np.ndarray:
 
 def _best(sums: jax.Array, scales: np.ndarray, root: Callable) -> jax.Array:
     """The norm from its sums at three scales: the unscaled one unless that left its range."""
-    small, big = _vanishing(sums[0]), jnp.isinf(sums[0])
+    small, big = vanishing(sums[0]), jnp.isinf(sums[0])
     total = jnp.where(small, sums[2], jnp.where(big, sums[1], sums[0]))
     norm = root(total)
     scaled = norm / jnp.where(small, scales[2], jnp.where(big, scales[1], scales[0]))
@@ -383,31 +327,22 @@ def _best(sums: jax.Array, scales: np.ndarray, root: Callable) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), jnp.minimum(scaled, largest), norm)
 
 
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x * factor` for a real factor; complex x part by part, without promotion."""
-    if jnp.iscomplexobj(x):
-        factor = factor.astype(x.real.dtype)
-        return lax.complex(x.real * factor, x.imag * factor)
-    return x * factor.astype(x.dtype)
-
-
-def _larger_part(x: jax.Array) -> jax.Array:
-    """`|x|`, or of complex numbers the larger part, which unlike the modulus cannot overflow."""
-    return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
-
-
-def _abs_sq(x: jax.Array) -> jax.Array:
-    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-
-
-def _sqrt(x: jax.Array) -> jax.Array:
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), x)  # finite slope at 0
-
-
-def accumulator(dtype: Any) -> Any:
-    """The real dtype in which numbers of `dtype` are added: float32, or float64 for 64 bits."""
-    return jnp.dtype(jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32)
+def _bundles(
+    leaves: Sequence[jax.Array], unit_axes: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], ...]:
+    """Leaves of one shape, some at a time; on a mesh units stay apart, as they may be sharded."""
+    bundles: list[list[int]] = []
+    latest: dict[Any, list[int]] = {}
+    for i, (x, axes) in enumerate(zip(leaves, unit_axes, strict=True)):
+        most = min(_BUNDLE_LEAVES, _BUNDLE_ELEMENTS // x.size)
+        if len(axes) < x.ndim and jax.device_count() > 1:
+            most = 1
+        bundle = latest.get((x.shape, axes))
+        if bundle is None or len(bundle) >= most:
+            bundle = latest[x.shape, axes] = []
+            bundles.append(bundle)
+        bundle.append(i)
+    return tuple(map(tuple, bundles))
 
 
 def _elements(leaves: Leaves, mesh: list[tuple[str, ...]], members: list[int]) -> int:

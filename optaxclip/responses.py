@@ -101,6 +101,26 @@ class Normalize:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlmostNormalize:
+    """`c / (n + r / (n + r))`: nearly onto the bound, but short gradients stay short.
+
+    With r = 0.1 (`"psac"`) a gradient of norm 0.01 comes out with norm 0.01 c, where `Normalize`
+    with eps=0.01 makes it 0.5 c. Source: Xia et al. (DP-PSAC), arXiv 2212.00328.
+    """
+
+    r: Any = 0.1
+
+    def __post_init__(self) -> None:
+        check_bound(self.r, "r", schedule=False)
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        r = jnp.asarray(self.r).astype(norm.dtype)
+        shifted = norm + r
+        damping = jnp.where(shifted == 0, 0.0, r / jnp.where(shifted == 0, 1.0, shifted))
+        return Normalize().factor(norm + damping, bound)
+
+
+@dataclasses.dataclass(frozen=True)
 class Drop:
     """1 inside the bound, 0 beyond it."""
 
@@ -115,6 +135,8 @@ _NAMED: dict[str, Response] = {
     "sqrt": Soften("sqrt"),
     "tanh": Soften("tanh"),
     "normalize": Normalize(),
+    "automatic": Normalize(1e-2),
+    "psac": AlmostNormalize(0.1),
     "drop": Drop(),
 }
 

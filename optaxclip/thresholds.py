@@ -1,6 +1,6 @@
 """How large a norm may be: a number, a schedule, a tree of either, the parameters' norm.
 
-A `Threshold` turns norms, slot by slot (see `norms`), into bounds. It may keep state of fixed
+A `Threshold` turns norms, in bundles (see `norms`), into bounds. It may keep state of fixed
 shape, so that bounds can be learned from history.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip.norms import Layout, Norm, Slots
+from optaxclip.norms import Bundles, Layout, Norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Threshold(Protocol):
         """The state before the first step: any tree of arrays whose shapes never change."""
         ...
 
-    def bound(self, norms: Slots, state: Tree, context: Context) -> tuple[Slots, Tree]:
-        """The bound of each slot, broadcasting against its norms, and the next state."""
+    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
+        """The bounds, each broadcasting against its bundle of norms, and the next state."""
         ...
 
 
@@ -64,7 +64,7 @@ class Given:
         del norm, params
         return ()
 
-    def bound(self, norms: Slots, state: Tree, context: Context) -> tuple[Slots, Tree]:
+    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
         def scalar(bound: Any) -> jax.Array:
             bound = jnp.asarray(bound(context.count) if callable(bound) else bound)
             if bound.ndim:
@@ -79,14 +79,14 @@ class Given:
         layout = context.layout
         if context.norm.by == "group":
             bounds = self._by_label(layout)
-            return tuple(scalar(bounds[label]) for label in layout.names), state
+            return layout.bundle([scalar(bounds[label]) for label in layout.names]), state
         if context.norm.by == "global":
             raise ValueError(
                 f"{self.argument} must be one bound for a global norm, got a tree:"
                 f" {self.bounds!r}. Use clip_by_leaf_norm or clip_by_group_norm for several."
             )
         per_leaf = context.updates.from_prefix(self.bounds, self.argument)
-        return tuple(scalar(bound) for bound in per_leaf), state
+        return layout.bundle([scalar(bound) for bound in per_leaf]), state
 
     def _by_label(self, layout: Layout) -> Mapping[str, Any]:
         if not isinstance(self.bounds, Mapping):
@@ -124,7 +124,7 @@ class ParamNorm:
         del norm, params
         return ()
 
-    def bound(self, norms: Slots, state: Tree, context: Context) -> tuple[Slots, Tree]:
+    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
         if context.params is None:
             raise ValueError(
                 "a bound relative to the parameters needs params, got None. Call"
@@ -153,6 +153,12 @@ class ParamNorm:
 def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
     """`value` if it is a threshold already, else the bounds it gives."""
     return value if isinstance(value, Threshold) else Given(value, argument)
+
+
+def non_negative(bounds: Bundles) -> Bundles:
+    """Each bound or 0; NaN stays. One bound for all stays one array."""
+    clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
+    return tuple(clamped[id(bound)] for bound in bounds)
 
 
 def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:

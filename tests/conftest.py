@@ -16,8 +16,9 @@ hypothesis.settings.register_profile("ci", **_common, derandomize=True, database
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-@pytest.fixture(params=["fused", "unfused"])
-def fused(request, monkeypatch) -> bool:
-    """Whether small leaves are summed together, as they are on one device only."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1 if request.param == "fused" else 4)
-    return request.param == "fused"
+@pytest.fixture(params=["one_device", "mesh"])
+def devices(request, monkeypatch) -> int:
+    """How many devices norms believe there are: with one, leaves may be joined."""
+    number = {"one_device": 1, "mesh": 4}[request.param]
+    monkeypatch.setattr(jax, "device_count", lambda: number)
+    return number

@@ -19,7 +19,8 @@ def measure(tree, by="global", ord=2, *, jit=False, **kw):
 
     def run(tree):
         leaves = norm.leaves(tree)
-        return [jnp.ravel(n) for n in jax.tree.leaves(norm.measure(leaves, norm.layout(leaves)))]
+        layout = norm.layout(leaves)
+        return [jnp.ravel(n) for n in layout.by_slot(norm.measure(leaves, layout))]
 
     norms = (jax.jit(run) if jit else run)(tree)
     return np.concatenate([np.asarray(n) for n in norms] or [np.zeros(0)]), layout.names
@@ -41,21 +42,21 @@ def tree():
 
 
 @pytest.mark.parametrize("ord", ORDS)
-def test_global(tree, ord, fused):
+def test_global(tree, ord, devices):
     norms, names = measure(tree, ord=ord)
     assert names == ("global",)
     np.testing.assert_allclose(norms, [exact(jax.tree.leaves(tree), ord)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("ord", ORDS)
-def test_leaf(tree, ord):
+def test_leaf(tree, ord, devices):
     norms, names = measure(tree, "leaf", ord)
     assert names == ("a", "b/x", "b/y", "b/z", "c", "h")
     np.testing.assert_allclose(norms, [exact([x], ord) for x in jax.tree.leaves(tree)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("ord", ORDS)
-def test_group(tree, ord, fused):
+def test_group(tree, ord, devices):
     norms, names = measure(tree, "group", ord, labels={"a": "p", "b": "q", "c": "p", "h": "q"})
     assert names == ("p", "q")
     p, q = [tree["a"], tree["c"]], [*tree["b"].values(), tree["h"]]
@@ -101,6 +102,23 @@ def test_automatic_units_go_by_rank(shape, axes):
     np.testing.assert_allclose(norms, unit_norms(x, axes), rtol=1e-6)
 
 
+@pytest.mark.parametrize("ord", [1, 2, 3, INF, "rms"])
+@pytest.mark.parametrize("by", ["leaf", "unit"])
+def test_leaves_of_one_shape_do_not_disturb_one_another(by, ord, devices):
+    """More than one bundle of them, in between others; some overflow, vanish or are NaN."""
+    rng = np.random.default_rng(5)
+    least = 1e-25 if by == "leaf" else 1e-18  # units below 1e-19 may measure 0
+    sizes = [1.0, 1e25, least, 0.0, np.nan, 1e-12] + [1.0] * 30
+    draw = (size * rng.standard_normal((3, 4)).astype(np.float32) for size in sizes)
+    tree = [leaf for x in draw for leaf in (x.astype(np.float32), np.ones(2, np.float32))]
+    norms, names = measure(jax.tree.map(jnp.asarray, tree), by, ord, unit_axes=-1, jit=True)
+    expected = [
+        unit_norms(x, (x.ndim - 1,) if by == "unit" else (0, 1)[: x.ndim], ord) for x in tree
+    ]
+    np.testing.assert_allclose(norms, np.concatenate(expected), rtol=1e-6)
+    assert len(names) == len(norms)
+
+
 def test_elements_measure_the_largest_of_each_leaf(tree):
     norms, _ = measure(tree, "element")
     largest = [exact([x], INF) for x in jax.tree.leaves(tree)]
@@ -112,7 +130,7 @@ def test_excluded_leaves_do_not_count(tree):
     np.testing.assert_allclose(norms, [exact([tree["a"], tree["c"], tree["h"]])], rtol=1e-6)
 
 
-def test_leaves_without_floating_point_elements_do_not_count(tree, fused):
+def test_leaves_without_floating_point_elements_do_not_count(tree, devices):
     odd = {
         **tree,
         "empty": jnp.zeros((0, 3)),
@@ -138,7 +156,7 @@ def test_a_tree_without_leaves_has_norm_zero(ord, empty):
 
 @pytest.mark.parametrize("ord", [1, 2, 3, "rms"])
 @pytest.mark.parametrize(("dtype", "leaves"), [("bfloat16", 1000), ("float16", 60)])
-def test_many_low_precision_leaves_are_added_in_float32(dtype, leaves, ord, fused):
+def test_many_low_precision_leaves_are_added_in_float32(dtype, leaves, ord, devices):
     """Optax 0.2.8 gives 32.0 for such a tree of bfloat16, true 50.66."""
     if leaves == 1000 and ord != 2:
         leaves = 60

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optaxclip.responses import Drop, Normalize, Rescale, Soften, as_response
+from optaxclip.responses import AlmostNormalize, Drop, Normalize, Rescale, Soften, as_response
 
 NORMS = [0.0, 1e-30, 1e-6, 0.3, 1.0, 1.0000001, 7.0, 1e6, 1e30]
 BOUNDS = [1e-3, 1.0, 50.0]
@@ -14,6 +14,7 @@ FORMULAS = {
     "sqrt": (Soften("sqrt"), lambda n, c: 1 / np.hypot(1, n / c)),
     "tanh": (Soften("tanh"), lambda n, c: np.tanh(n / c) / (n / c)),
     "normalize": (Normalize(), lambda n, c: c / n),
+    "normalize-psac": (AlmostNormalize(0.1), lambda n, c: c / (n + 0.1 / (n + 0.1))),
     "normalize-eps": (Normalize(1e-3), lambda n, c: c / (n + 1e-3)),
     "drop": (Drop(), lambda n, c: float(n <= c)),
 }
