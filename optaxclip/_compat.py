@@ -3,15 +3,21 @@
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.extend.core import primitives as primitives
+from jax.interpreters.partial_eval import dce_jaxpr
 
-# Remat is inlined too: its values and derivatives are those of its body.
-_CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.call_p, primitives.remat_p)
+# Not among the names of jax.extend; None where a release makes do without the primitive.
+split_p: Primitive | None = getattr(lax, "split_p", None)
+stack_p: Primitive | None = getattr(lax, "stack_p", None)
+unstack_p: Primitive | None = getattr(lax, "unstack_p", None)
+
+_CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.call_p)
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:
@@ -33,8 +39,32 @@ def is_literal(atom: Any) -> bool:
 
 def inlined_jaxpr(equation: JaxprEqn) -> ClosedJaxpr | None:
     """The body of a call that may be inlined without changing values or derivatives."""
-    if equation.primitive not in _CALLS:
-        return None
+    return _body(equation) if equation.primitive in _CALLS else None
+
+
+def remat_jaxpr(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """The body of `jax.checkpoint`."""
+    return _body(equation) if equation.primitive is primitives.remat_p else None
+
+
+def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carries.
+
+    Parameters of their own up to JAX 0.10; from 0.11 the inputs are given in three groups.
+    """
+    params = equation.params
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carries, _ = params["ft_in"].unpack()
+    return len(consts), len(carries)
+
+
+def live_jaxpr(jaxpr: Any) -> Any:
+    """Without what no output needs, in loops and branches too."""
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+
+
+def _body(equation: JaxprEqn) -> ClosedJaxpr:
     body = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
     return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
 
@@ -49,4 +79,4 @@ def bind(equation: JaxprEqn, *inputs: Any) -> tuple[Any, ...]:
 
 def source_line(equation: JaxprEqn) -> str:
     """The user's `file:line (function)` that made an equation."""
-    return str(source_info_util.summarize(equation.source_info))
+    return str(source_info_util.summarize(equation.source_info)) or "a line that JAX lost"

@@ -1,5 +1,15 @@
-"""Per-example gradients as data: norms, products and weighted sums without storing them."""
+"""Per-example gradients as data: norms, products and weighted sums without storing them.
 
+From the top down: the doors (`gradients`, `schedules`, `plan`) check arguments (`arguments`,
+`checks`, `fallbacks`) and estimate costs (`costs`, `flops`, `table`). `tracing` runs the loss:
+`flatten` makes nested blocks of equations of it (`program`; `scan`, `branches` and `checkpoint`
+for control flow, with `partial`, `lift`, `uses`), `walk` goes through them forward with taps and
+back to forms, by the rules of the `registry` and, through code on parameters alone, by `pullback`
+and `isometries`. `forms` are the gradients; `layout` and `contractions` are what they stand on,
+`trees` and `safe_norms` sum over them.
+"""
+
+from optaxclip.per_example.aggregators import clip_per_example as clip_per_example
 from optaxclip.per_example.forms import Dense as Dense
 from optaxclip.per_example.forms import Form as Form
 from optaxclip.per_example.forms import Gathered as Gathered
@@ -12,7 +22,11 @@ from optaxclip.per_example.plan import Plan as Plan
 from optaxclip.per_example.plan import explain as explain
 from optaxclip.per_example.registry import RuleContext as RuleContext
 from optaxclip.per_example.registry import register_rule as register_rule
+from optaxclip.per_example.schedules import Reweighted as Reweighted
+from optaxclip.per_example.schedules import reweighted_grad as reweighted_grad
 from optaxclip.per_example.trees import inner as inner
+from optaxclip.per_example.trees import masked as masked
 from optaxclip.per_example.trees import materialize as materialize
+from optaxclip.per_example.trees import norms as norms
 from optaxclip.per_example.trees import sq_norms as sq_norms
 from optaxclip.per_example.trees import weighted_sum as weighted_sum

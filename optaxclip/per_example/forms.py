@@ -6,14 +6,23 @@ examples. Numbers of 16 bits are added in float32.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from optaxclip.norms import accumulator
+from optaxclip._reductions import accumulator
+from optaxclip.per_example.contractions import (
+    by_blocks,
+    by_examples,
+    by_rank,
+    einsum,
+    gram,
+    ranks,
+    weigh,
+)
 from optaxclip.per_example.layout import Layout
 
 
@@ -41,14 +50,6 @@ class Form(Protocol):
     def materialize(self) -> jax.Array:
         """The gradients stacked, [B, *shape]."""
         ...
-
-
-def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """`einsum` that adds in float32, or in float64 where an operand has 64 bits."""
-    dtype = functools.reduce(jnp.promote_types, (accumulator(x.dtype) for x in operands))
-    if len({x.dtype for x in operands}) > 1:
-        operands = tuple(x.astype(dtype) for x in operands)
-    return jnp.einsum(spec, *operands, preferred_element_type=dtype)
 
 
 @functools.partial(
@@ -79,11 +80,11 @@ class Dense:
         if not isinstance(other, Dense):
             return other.inner(self)
         flat = (x.stacked.reshape(x.stacked.shape[0], -1) for x in (self, other))
-        return _einsum("bn,bn->b", *flat)
+        return einsum("bn,bn->b", *flat)
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
         flat = self.stacked.reshape(self.stacked.shape[0], -1)
-        return _einsum("b,bn->n", weights, flat).reshape(self.shape).astype(self.dtype)
+        return einsum("b,bn->n", weights, flat).reshape(self.shape).astype(self.dtype)
 
     def materialize(self) -> jax.Array:
         return self.stacked
@@ -110,65 +111,67 @@ class Outer:
 
     @property
     def norm_method(self) -> str:
-        """The cheapest way to the norm, by operations: rank one, Gram or instantiate.
-
-        Each allocates at most as much as the factors: T^2 < T I O / (I + O) < T I, and
-        I O <= T (I + O).
-        """
-        t, i, o = self.left.shape[2], self.left.shape[3], self.right.shape[3]
-        if t == 1:
+        """The cheapest way to the norm, by operations: rank one, Gram or instantiate."""
+        if self.left.shape[2] <= 1:
             return "rank one"
-        return "gram" if t * t * (i + o) < t * i * o else "instantiate"
+        return "gram" if self._gram_is_cheaper(self) else "instantiate"
+
+    def _gram_is_cheaper(self, other: "Outer") -> bool:
+        t, s = self.left.shape[2], other.left.shape[2]
+        _, i, o = self.layout.sizes
+        # With s = 0 for one and the same: its gradient is instantiated once.
+        return t * s * (i + o) < (t + (0 if other is self else s)) * i * o
 
     def sq_norm(self) -> jax.Array:
         if self.norm_method == "rank one":
-            left, right = (_einsum("bkti,bkti->bk", x, x) for x in (self.left, self.right))
+            left, right = (einsum("bkti,bkti->bk", x, x) for x in (self.left, self.right))
             return jnp.sum(left * right, axis=1)
-        if self.norm_method == "gram":
-            # Rounding may take the norm of gradients that cancel below zero.
-            return jnp.maximum(self._gram(self), 0)
-        blocks = self._blocks()
-        return _einsum("bkio,bkio->b", blocks, blocks)
+        # Rounding may take a Gram sum that cancels below zero.
+        return jnp.maximum(self._dot(self), 0)
 
     def inner(self, other: Form) -> jax.Array:
         if isinstance(other, Gathered | Sum):
             return other.inner(self)
         if isinstance(other, Outer):
             other = other._aligned(self.layout)
-            if other.layout != self.layout:
-                return _one_by_one(self, other)
-            t, s = self.left.shape[2], other.left.shape[2]
-            i, o = self.left.shape[3], self.right.shape[3]
-            if t * s * (i + o) < (t + s) * i * o:
-                return self._gram(other)
-            return _einsum("bkio,bkio->b", self._blocks(), other._blocks())
+            same = other.layout == self.layout
+            return self._dot(other) if same else _across(self, other)
         theirs = self.layout.from_parameter(other.materialize())
-        product = _einsum("bkti,bkio->bkto", self.left, theirs)
-        return _einsum("bkto,bkto->b", product, self.right)
+        product = einsum("bkti,bkio->bkto", self.left, theirs)
+        return einsum("bkto,bkto->b", product, self.right)
+
+    def _dot(self, other: "Outer") -> jax.Array:
+        if self._gram_is_cheaper(other):
+            return gram(self.left, self.right, other.left, other.right)
+
+        def columns(right: jax.Array, right2: jax.Array) -> jax.Array:
+            ours = einsum("bkti,bkto->bkio", self.left, right)
+            if other is self:
+                return einsum("bkio,bkio->b", ours, ours)
+            return einsum("bkio,bkio->b", ours, einsum("bkti,bkto->bkio", other.left, right2))
+
+        size = self.left.shape[0] * math.prod(self.layout.sizes) * (1 if other is self else 2)
+        return by_blocks(columns, 3, size, self.right, other.right)
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        return self.layout.to_parameter(self._weighted(weights))
+
+    def _weighted(self, weights: jax.Array) -> jax.Array:
+        """The weighted sum as [K, I, O]."""
         left, right = self.left, self.right
         # Weigh the smaller factor.
         if left.size < right.size:
-            left = _weigh(left, weights)
+            left = weigh(left, weights)
         else:
-            right = _weigh(right, weights)
+            right = weigh(right, weights)
         k, i, o = self.layout.sizes
         if k == 1:  # an ordinary matrix product is faster than a batch of one
-            left, right = left.reshape(-1, i), right.reshape(-1, o)
-            return self.layout.to_parameter(_einsum("ni,no->io", left, right)[None])
-        return self.layout.to_parameter(_einsum("bkti,bkto->kio", left, right))
+            rows = left.shape[0] * left.shape[2]
+            return einsum("ni,no->io", left.reshape(rows, i), right.reshape(rows, o))[None]
+        return einsum("bkti,bkto->kio", left, right)
 
     def materialize(self) -> jax.Array:
-        return self.layout.to_parameter(self._blocks())
-
-    def _blocks(self) -> jax.Array:
-        return _einsum("bkti,bkto->bkio", self.left, self.right)
-
-    def _gram(self, other: "Outer") -> jax.Array:
-        left = _einsum("bkti,bksi->bkts", self.left, other.left)
-        right = _einsum("bkto,bkso->bkts", self.right, other.right)
-        return jnp.sum(left * right, axis=(1, 2, 3))
+        return self.layout.to_parameter(einsum("bkti,bkto->bkio", self.left, self.right))
 
     def _aligned(self, layout: Layout) -> "Outer":
         """With rows and columns exchanged, if that brings it into `layout`."""
@@ -202,38 +205,68 @@ class Gathered:
         return self.layout.dtype
 
     def sq_norm(self) -> jax.Array:
-        rows = _by_rank(_ranks(self.ids), self.right, self.ids.shape[1])
-        return _einsum("bto,bto->b", rows, rows)
+        of, t = ranks(self.ids), self.ids.shape[1]
+
+        def columns(right: jax.Array) -> jax.Array:
+            rows = by_rank(of, right, t)
+            return einsum("bto,bto->b", rows, rows)
+
+        return by_blocks(columns, 2, self.right.size, self.right)
 
     def inner(self, other: Form) -> jax.Array:
         if isinstance(other, Sum):
             return other.inner(self)
         if isinstance(other, Gathered):
-            if other.layout != self.layout:
-                return _one_by_one(self, other)
-            t = self.ids.shape[1]
-            ranks = _ranks(jnp.concatenate([self.ids, other.ids], axis=1))
-            n = ranks.shape[1]
-            ours = _by_rank(ranks[:, :t], self.right, n)
-            theirs = _by_rank(ranks[:, t:], other.right, n)
-            return _einsum("bto,bto->b", ours, theirs)
+            return self._dot(other) if other.layout == self.layout else _across(self, other)
         if isinstance(other, Outer):
             other = other._aligned(self.layout)
-            if other.layout != self.layout:
-                return _one_by_one(self, other)
-            # <g_b, h_b> = sum_s right_s . h_b[ids_s], with h_b[v] = sum_t left_t[v] right_t.
-            left = jnp.take_along_axis(other.left[:, 0], self.ids[:, None, :], axis=2)
-            gram = _einsum("bto,bso->bts", other.right[:, 0], self.right)
-            return _einsum("bts,bts->b", left, gram)
+            return self._dot_outer(other) if other.layout == self.layout else _across(self, other)
         theirs = self.layout.from_parameter(other.materialize())[:, 0]
         rows = jnp.take_along_axis(theirs, self.ids[:, :, None], axis=1)
-        return _einsum("bto,bto->b", rows, self.right)
+        return einsum("bto,bto->b", rows, self.right)
+
+    def _dot(self, other: "Gathered") -> jax.Array:
+        t = self.ids.shape[1]
+        of = ranks(jnp.concatenate([self.ids, other.ids], axis=1))
+        n = of.shape[1]
+
+        def columns(right: jax.Array, right2: jax.Array) -> jax.Array:
+            ours, theirs = by_rank(of[:, :t], right, n), by_rank(of[:, t:], right2, n)
+            return einsum("bto,bto->b", ours, theirs)
+
+        size = 2 * (self.right.size + other.right.size)
+        return by_blocks(columns, 2, size, self.right, other.right)
+
+    def _dot_outer(self, other: Outer) -> jax.Array:
+        """`sum_s <right_s, h_b[ids_s]>` with the rows `h_b[v] = sum_t left_t[v] right_t`.
+
+        With S ids and V rows either the products of S and T, or the rows: S T O or T V O
+        operations.
+        """
+        left, right = other.left[:, 0], other.right[:, 0]
+        (b, s), t, (_, v, o) = self.ids.shape, left.shape[1], self.layout.sizes
+
+        def products(ids: jax.Array, ours: jax.Array) -> jax.Array:
+            picked = jnp.take_along_axis(left, ids[:, None, :], axis=2)
+            return einsum("bts,bts->b", picked, einsum("bto,bso->bts", right, ours))
+
+        def columns(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+            table = einsum("btv,bto->bvo", left, theirs)
+            rows = jnp.take_along_axis(table, self.ids[:, :, None], axis=1)
+            return einsum("bso,bso->b", rows, ours)
+
+        if s <= v:
+            return by_blocks(products, 1, 2 * b * s * t, self.ids, self.right)
+        return by_blocks(columns, 2, b * (v + s) * o, self.right, right)
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        return self.layout.to_parameter(self._weighted(weights))
+
+    def _weighted(self, weights: jax.Array) -> jax.Array:
+        """The weighted sum as [1, I, O]."""
         _, rows, o = self.layout.sizes
-        right = _weigh(self.right, weights).reshape(-1, o)
-        table = jnp.zeros((rows, o), right.dtype).at[self.ids.reshape(-1)].add(right)
-        return self.layout.to_parameter(table[None])
+        right = weigh(self.right, weights).reshape(-1, o)
+        return jnp.zeros((1, rows, o), right.dtype).at[0, self.ids.reshape(-1)].add(right)
 
     def materialize(self) -> jax.Array:
         _, rows, o = self.layout.sizes
@@ -264,14 +297,20 @@ class Sum:
         total = functools.reduce(jnp.add, (x.sq_norm() for x in self.terms))
         for i, x in enumerate(self.terms):
             for y in self.terms[:i]:
-                total = total + 2 * x.inner(y)
+                if not _apart(x, y):
+                    total = total + 2 * x.inner(y)
         return jnp.maximum(total, 0)
 
     def inner(self, other: Form) -> jax.Array:
         return functools.reduce(jnp.add, (x.inner(other) for x in self.terms))
 
     def weighted_sum(self, weights: jax.Array) -> jax.Array:
-        return functools.reduce(jnp.add, (x.weighted_sum(weights) for x in self.terms))
+        parts: list[Any] = [x for x in self.terms if _is_part(x)]
+        whole = [x.weighted_sum(weights) for x in self.terms if not _is_part(x)]
+        total = functools.reduce(jnp.add, whole) if whole else jnp.zeros(self.shape, self.dtype)
+        for x in parts:
+            total = x.layout.add_part(total, x._weighted(weights))
+        return total
 
     def materialize(self) -> jax.Array:
         return functools.reduce(jnp.add, (x.materialize() for x in self.terms))
@@ -304,6 +343,22 @@ def scale(form: Form, factor: jax.Array | float) -> Form:
     if isinstance(form, Sum):
         return Sum(tuple(scale(x, factor) for x in form.terms))
     raise TypeError(f"cannot scale a form, got {type(form).__name__}.")
+
+
+def zero_like(parameter: Any, count: int) -> Form:
+    """The zero gradient of a parameter, for `count` examples: no terms.
+
+    Its sum has the parameter's dtype, so that it can be added to integers and booleans too; of
+    keys and float0, to which nothing can be added, it is float0.
+    """
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    if not (floating or jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
+        dtype = jax.dtypes.float0
+    layout = Layout(shape, dtype, ((), tuple(range(len(shape))), ()))
+    wide = accumulator(dtype) if floating else jnp.float32
+    left = jnp.zeros((count, 1, 0, math.prod(shape)), wide)
+    return Outer(left, jnp.zeros((count, 1, 0, 1), wide), layout)
 
 
 def is_form(leaf: Any) -> bool:
@@ -339,41 +394,22 @@ def _join(group: list[Any]) -> Form:
     return Sum(tuple(group))
 
 
-def _weigh(factor: jax.Array, weights: jax.Array) -> jax.Array:
-    """`weights[b] * factor[b]`, in the accumulator's dtype."""
-    dtype = jnp.promote_types(accumulator(factor.dtype), accumulator(weights.dtype))
-    column = weights.astype(dtype).reshape(-1, *(1,) * (factor.ndim - 1))
-    return factor.astype(dtype) * column
+def _is_part(form: Any) -> bool:
+    return isinstance(form, Outer | Gathered) and form.layout.part is not None
 
 
-def _ranks(ids: jax.Array) -> jax.Array:
-    """Number the distinct ids of each example 0, 1, ...: [B, T] -> [B, T], without T x T."""
-
-    def one(ids: jax.Array) -> jax.Array:
-        ids = ids.astype(jnp.int32)
-        order = jnp.argsort(ids)
-        ordered = ids[order]
-        steps = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
-        return jnp.zeros_like(ids).at[order].set(jnp.cumsum(steps, dtype=ids.dtype))
-
-    return jax.vmap(one)(ids) if ids.size else ids
+def _apart(x: Any, y: Any) -> bool:
+    """Whether two forms stand for disjoint parts of the parameter."""
+    return _is_part(x) and _is_part(y) and x.layout.apart(y.layout)
 
 
-def _by_rank(ranks: jax.Array, right: jax.Array, number: int) -> jax.Array:
-    """Add the rows of one rank: [B, T, O] -> [B, number, O]."""
-    wide = right.astype(accumulator(right.dtype))
-    return jax.vmap(lambda r, x: jax.ops.segment_sum(x, r, num_segments=number))(ranks, wide)
+def _across(x: Outer | Gathered, y: Outer | Gathered) -> jax.Array:
+    """Inner products of forms whose layouts differ: one is stacked, a few examples at a time."""
+    if x.layout.apart(y.layout):
+        return jnp.zeros(x.right.shape[0], accumulator(x.right.dtype))
 
-
-def _one_by_one(x: "Outer | Gathered", y: "Outer | Gathered") -> jax.Array:
-    """Inner products of forms whose layouts differ: one example's gradients at a time."""
-
-    def one(pair: tuple[Any, Any]) -> jax.Array:
-        x, y = jax.tree.map(lambda leaf: leaf[None], pair)
-        return Dense(x.materialize()).inner(Dense(y.materialize()))[0]
-
-    def wide(form: Any) -> Any:
+    def stack(form: Any) -> Dense:
         layout = form.layout.cast(accumulator(form.right.dtype))
-        return dataclasses.replace(form, layout=layout)
+        return Dense(dataclasses.replace(form, layout=layout).materialize())
 
-    return lax.map(one, (wide(x), wide(y)))
+    return by_examples(lambda x, y: x.inner(stack(y)), math.prod(x.shape), x, y)

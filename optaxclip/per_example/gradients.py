@@ -1,38 +1,68 @@
 """The doors: per-example gradients, values and norms of a loss."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from optaxclip._leaves import path_name
 from optaxclip.per_example import rules as rules
+from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
+from optaxclip.per_example.fallbacks import refuse_fallbacks
+from optaxclip.per_example.flatten import trace
+from optaxclip.per_example.forms import Form, zero_like
+from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.tracing import value_and_forms
 from optaxclip.per_example.trees import sq_norms
 
 Tree = Any
 
 
-def per_example_grad(fun: Callable) -> Callable[[Tree, Tree], Tree]:
+def per_example_grad(
+    fun: Callable,
+    argnums: Argnums = 0,
+    *,
+    batch_argnums: Argnums = 1,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    prng_argnum: int | None = None,
+    strict: bool = False,
+) -> Callable[..., Any]:
     """The gradient of `fun` for each example, factored: `g_b = d fun(params, batch_b) / d params`.
 
     Args:
-      fun: `fun(params, example)`, the loss of one example, a scalar. It sees the example
-        without the batch axis.
+      fun: the loss of one example, a scalar: `fun(params, example)`, or with more arguments.
+        It sees the example without the batch axis.
+      argnums: which arguments to differentiate; trees of arrays. With a tuple, the gradients
+        are a tuple too.
+      batch_argnums: which arguments hold the examples, on a leading axis [B] at every leaf.
+        All others, and keyword arguments, are the same for all examples.
+      has_aux: whether `fun` returns `(loss, aux)`; aux is any tree of arrays.
+      keep_batch_dim: whether `fun` sees an example as a batch of one, [1, ...], for losses
+        that expect a batch. Aux of shape [1, ...] loses that axis.
+      prng_argnum: the argument that is a random key; each example gets a key split from it.
+      strict: whether to raise where the gradient of a leaf has to be stacked, [B, *shape].
 
     Returns:
-      A function of `(params, batch)`, whose batch has a leading axis [B] at every leaf. It
-      returns a tree like `params` whose leaves are forms, for `sq_norms`, `inner`,
-      `weighted_sum` and `materialize`.
+      A function of the arguments of `fun`. It returns a tree like `params` whose leaves are
+      forms, for `sq_norms`, `inner`, `weighted_sum` and `materialize`; with `has_aux` it
+      returns `(gradients, aux)`, aux with a leading [B].
 
     Raises:
-      ValueError: the batch is empty or its sizes differ; `fun` returns no scalar.
-      TypeError: a parameter or the loss is not a real floating-point array.
+      ValueError: argument numbers out of range or with two roles; the batch is empty or its
+        sizes differ; a differentiated argument without arrays; `fun` returns no scalar;
+        fallbacks with `strict`.
+      TypeError: a differentiated argument has no floating-point array or a complex one; the
+        loss is not real floating point.
 
     Guarantees:
       Equal to `vmap(grad(fun))` for every differentiable `fun`: where no factored form is
       known, the gradients of that leaf are stacked.
+
+    Edge cases:
+      The gradient of an integer or boolean leaf next to floating-point ones is zero and has
+      the leaf's dtype, so that `optax.apply_updates` leaves the leaf as it is; that of a
+      random key is float0. Unused parameters have zero gradients. None is no leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,72 +75,85 @@ def per_example_grad(fun: Callable) -> Callable[[Tree, Tree], Tree]:
       >>> print(weighted_sum(grads, jnp.array([1.0, 10.0])))
       [ 3. 16.]
     """
-    both = per_example_value_and_grad(fun)
-    return lambda params, batch: both(params, batch)[1]
+    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+
+    @functools.wraps(fun)
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        _, aux, grads = evaluate(bind(fun, options, args, kwargs), options, strict)
+        return (grads, aux) if has_aux else grads
+
+    return grad
 
 
-def per_example_value_and_grad(fun: Callable) -> Callable[[Tree, Tree], tuple[jax.Array, Tree]]:
+def per_example_value_and_grad(
+    fun: Callable,
+    argnums: Argnums = 0,
+    *,
+    batch_argnums: Argnums = 1,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    prng_argnum: int | None = None,
+    strict: bool = False,
+) -> Callable[..., Any]:
     """The losses [B] and the gradients of `per_example_grad`.
 
-    Args, raises and guarantees are those of `per_example_grad`.
+    Returns:
+      A function of the arguments of `fun`, which returns `(losses, gradients)`, or
+      `((losses, aux), gradients)` with `has_aux`. All else is as for `per_example_grad`.
     """
+    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
 
-    def value_and_grad(params: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
-        _check_params(params)
-        params = jax.tree.map(jnp.asarray, params)
-        _check_batch(batch)
-        losses, forms = value_and_forms(fun, params, batch)
-        return losses, jax.tree.unflatten(jax.tree.structure(params), forms)
+    @functools.wraps(fun)
+    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        losses, aux, grads = evaluate(bind(fun, options, args, kwargs), options, strict)
+        return ((losses, aux), grads) if has_aux else (losses, grads)
 
     return value_and_grad
 
 
-def per_example_norms(fun: Callable) -> Callable[[Tree, Tree], jax.Array]:
-    """The L2 norm of each example's gradient over all parameters, [B].
+def per_example_norms(
+    fun: Callable,
+    argnums: Argnums = 0,
+    *,
+    batch_argnums: Argnums = 1,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    prng_argnum: int | None = None,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """The L2 norm of each example's gradient over all differentiated arguments, [B].
 
-    Args, raises and guarantees are those of `per_example_grad`.
+    Returns:
+      A function of the arguments of `fun`, which returns the norms, or `(norms, aux)` with
+      `has_aux`. All else is as for `per_example_grad`.
+
+    Edge cases:
+      In float32, norms beyond 1e19 come out infinite and norms below 1e-19 zero, as their squares
+      do; `norms(per_example_grad(fun)(...))` has them right, at a price. The derivative at zero
+      is zero.
     """
-    grad = per_example_grad(fun)
-    return lambda params, batch: jnp.sqrt(sq_norms(grad(params, batch)))
+    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+
+    @functools.wraps(fun)
+    def norms(*args: Any, **kwargs: Any) -> Any:
+        _, aux, grads = evaluate(bind(fun, options, args, kwargs), options, strict)
+        found = root(sq_norms(grads))
+        return (found, aux) if has_aux else found
+
+    return norms
 
 
-def _check_params(params: Tree) -> None:
-    leaves = jax.tree.leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params must have at least one array, got none. Pass the parameters.")
-    for path, leaf in leaves:
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            kind = type(leaf).__name__ if dtype is None else f"{dtype}{list(leaf.shape)}"
-            raise TypeError(
-                f"params must be real floating-point arrays, got {kind} at"
-                f" params/{path_name(path)}. Close over what is not differentiated, or keep it in"
-                " a tree of its own."
-            )
+def evaluate(call: Call, options: Options, strict: bool = False) -> tuple[jax.Array, Tree, Tree]:
+    """Losses [B], aux [B, ...] and gradients of a call."""
+    losses, aux, forms = factored(call)
+    grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
+    if strict:
+        refuse_fallbacks(grads)
+    return losses, unbatched_aux(aux, options), grads
 
 
-def _check_batch(batch: Tree) -> None:
-    leaves = jax.tree.leaves_with_path(batch)
-    if not leaves:
-        raise ValueError("batch must have at least one array, got none. Pass the examples.")
-    first: Any = None
-    for path, leaf in leaves:
-        name = "/".join(filter(None, ("batch", path_name(path))))
-        shape = jnp.shape(leaf)
-        if not shape:
-            raise ValueError(
-                f"every leaf of the batch must have the examples on its first axis, got a"
-                f" scalar at {name}. Close over what all examples share, or repeat it."
-            )
-        if first is None:
-            first = (name, shape)
-        if shape[0] != first[1][0]:
-            raise ValueError(
-                f"batch sizes must agree, got {shape} at {name} and {first[1]} at {first[0]}."
-                " Give every leaf of the batch the same first axis."
-            )
-    if first[1][0] == 0:
-        raise ValueError(
-            f"the batch must not be empty, got {first[1]} at {first[0]}. Skip this step, or pass"
-            " at least one example."
-        )
+def factored(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
+    """Losses [B], aux [B, ...] and the gradients of each array of `call.params`."""
+    program, aux_tree = trace(call.fun, call.params, call.example)
+    losses, aux, forms = value_and_forms(program, call.params, call.batch)
+    return losses, jax.tree.unflatten(aux_tree, aux), forms

@@ -1,12 +1,14 @@
 """Which axes of a parameter the factors of its gradient stand for.
 
 A factored gradient is an array `[K, I, O]`: `K` batches of an outer product `I x O`. A
-`Layout` says which axes of the parameter make up each of the three, so that a transpose or a
-reshape of the parameter moves labels and no data.
+`Layout` says which axes of the parameter make up each of the three, so that a transpose, a
+reshape or a slice of the parameter moves labels and no data.
 
 >>> layout = Layout((2, 3, 4), "float32", ((), (0,), (1, 2)))
 >>> print(layout.sizes, layout.reshaped((2, 12)).roles)
 (1, 2, 12) ((), (0,), (1,))
+>>> print(layout.placed((5, 3, 4), (range(3, 5), range(3), range(4))).part)
+(range(3, 5), range(0, 3), range(0, 4))
 """
 
 import dataclasses
@@ -15,8 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Axes = tuple[int, ...]
+Ranges = tuple[range, ...]
 Roles = tuple[Axes, Axes, Axes]
 
 
@@ -29,11 +33,18 @@ class Layout:
     roles: Roles
     split: tuple[int, ...] | None = None
     """The shape whose axes `roles` names, where an axis of the parameter has two roles."""
+    part: Ranges | None = None
+    """Along each axis, where the gradient may differ from zero; None: everywhere."""
 
     @property
     def named(self) -> tuple[int, ...]:
         """The shape whose axes `roles` names."""
-        return self.shape if self.split is None else self.split
+        return self.part_shape if self.split is None else self.split
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of the part that the factors stand for."""
+        return self.shape if self.part is None else tuple(map(len, self.part))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -43,19 +54,63 @@ class Layout:
 
     def to_parameter(self, blocks: jax.Array) -> jax.Array:
         """`[..., K, I, O]` -> `[..., *shape]`, in the parameter's dtype."""
+        part = self.to_part(blocks)
+        if self.part is None:
+            return part
+        lead = part.ndim - len(self.shape)
+        zero = jnp.zeros((), part.dtype)
+        padding = [
+            (min(r), d - 1 - max(r), abs(r.step) - 1)
+            for r, d in zip(self.part, self.shape, strict=True)
+        ]
+        return lax.pad(self._reversed(part), zero, [(0, 0, 0)] * lead + padding)
+
+    def to_part(self, blocks: jax.Array) -> jax.Array:
+        """`[..., K, I, O]` -> `[..., *part_shape]`, in the parameter's dtype."""
         lead = blocks.shape[:-3]
         order = sum(self.roles, ())
         split = blocks.reshape(*lead, *(self.named[a] for a in order))
         back = [len(lead) + order.index(a) for a in range(len(order))]
-        parameter = split.transpose(*range(len(lead)), *back).astype(self.dtype)
-        return parameter.reshape(*lead, *self.shape)
+        part = split.transpose(*range(len(lead)), *back).astype(self.dtype)
+        return part.reshape(*lead, *self.part_shape)
 
     def from_parameter(self, stacked: jax.Array) -> jax.Array:
         """`[..., *shape]` -> `[..., K, I, O]`."""
         lead = stacked.shape[: stacked.ndim - len(self.shape)]
         order = [len(lead) + a for a in sum(self.roles, ())]
-        split = stacked.reshape(*lead, *self.named)
+        split = self._part_of(stacked).reshape(*lead, *self.named)
         return split.transpose(*range(len(lead)), *order).reshape(*lead, *self.sizes)
+
+    def add_part(self, total: jax.Array, blocks: jax.Array) -> jax.Array:
+        """`total + to_parameter(blocks)`, touching no more than the part."""
+        if self.part is None or any(r.step != 1 for r in self.part):
+            return total + self.to_parameter(blocks)
+        starts = [r.start for r in self.part]
+        return lax.dynamic_update_slice(total, self._part_of(total) + self.to_part(blocks), starts)
+
+    def apart(self, other: "Layout") -> bool:
+        """Whether the parts of the parameter that two layouts stand for are disjoint."""
+        if self.part is None or other.part is None:
+            return False
+        pairs = zip(self.part, other.part, strict=True)
+        return any(set(x).isdisjoint(y) for x, y in pairs if x != y)
+
+    def _part_of(self, whole: jax.Array) -> jax.Array:
+        if self.part is None:
+            return whole
+        lead = whole.shape[: whole.ndim - len(self.shape)]
+        ones = (1,) * len(lead)
+        part = lax.slice(
+            whole,
+            (*(0 for _ in lead), *map(min, self.part)),
+            (*lead, *(max(r) + 1 for r in self.part)),
+            (*ones, *(abs(r.step) for r in self.part)),
+        )
+        return self._reversed(part)
+
+    def _reversed(self, part: jax.Array) -> jax.Array:
+        lead = part.ndim - len(self.shape)
+        return lax.rev(part, [lead + a for a, r in enumerate(self.part or ()) if r.step < 0])
 
     def swapped(self) -> "Layout":
         """With rows and columns exchanged."""
@@ -66,24 +121,45 @@ class Layout:
         """Of a parameter that was cast to this one's dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
-    def transposed(self, permutation: Axes, shape: tuple[int, ...]) -> "Layout | None":
-        """Of `x`, given that of `transpose(x, permutation)`; None if an axis has two roles."""
-        if self.split is not None:
-            return None
-        k, i, o = (tuple(permutation[a] for a in axes) for axes in self.roles)
-        return Layout(shape, self.dtype, (k, i, o))
+    def placed(self, shape: tuple[int, ...], ranges: Ranges) -> "Layout":
+        """Of `x` with `shape`, given that of the part of it at `ranges`."""
+        inside = map(range, self.shape) if self.part is None else self.part
+        part = tuple(map(_compose, ranges, inside))
+        split = None if self.named == tuple(map(len, part)) else self.named
+        if part == tuple(map(range, shape)):
+            return dataclasses.replace(self, shape=shape, split=split, part=None)
+        return dataclasses.replace(self, shape=shape, split=split, part=part)
 
-    def reshaped(self, shape: tuple[int, ...]) -> "Layout":
-        """Of `x` with `shape`, given that of `reshape(x)`."""
-        roles = self._roles_in(shape)
+    def transposed(self, permutation: Axes, shape: tuple[int, ...]) -> "Layout | None":
+        """Of `x`, given that of `transpose(x, permutation)`; None if no axis stays whole."""
+        runs = {a: [a] for a in range(len(shape))}
+        if self.split is not None:
+            blocks = [] if 0 in shape else _blocks(self.part_shape, self.split)
+            if not blocks or any(len(ours) > 1 for ours, _ in blocks):
+                return None
+            runs = {ours[0]: theirs for ours, theirs in blocks}
+        order = [a for place in range(len(shape)) for a in runs.get(permutation.index(place), ())]
+        at = {a: place for place, a in enumerate(order)}
+        k, i, o = (tuple(at[a] for a in axes if a in at) for axes in self.roles)
+        split = self.split and tuple(self.split[a] for a in order)
+        part = self.part and tuple(self.part[permutation.index(a)] for a in range(len(shape)))
+        return Layout(shape, self.dtype, (k, i, o), split, part)
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Layout | None":
+        """Of `x` with `shape`, given that of `reshape(x)`; None if its part is no box there."""
+        part = self.part and _ranges_in(shape, self.shape, self.part)
+        if part is None and self.part is not None:
+            return None
+        part_shape = shape if part is None else tuple(map(len, part))
+        roles = self._roles_in(part_shape)
         if roles is None:
-            return dataclasses.replace(self, shape=shape, split=self.named)
-        return Layout(shape, self.dtype, roles)
+            return dataclasses.replace(self, shape=shape, split=self.named, part=part)
+        return Layout(shape, self.dtype, roles, part=part)
 
     def _roles_in(self, shape: tuple[int, ...]) -> Roles | None:
         """The roles of the axes of another shape; None if one has two."""
         named = self.named
-        if math.prod(shape) == 0:
+        if 0 in shape:
             return None
         roles = [[a for a in axes if named[a] != 1] for axes in self.roles]
         for theirs, ours in _blocks(named, shape):
@@ -97,6 +173,25 @@ class Layout:
         k, i, o = (tuple(-1 - a for a in axes) for axes in roles)
         ones = tuple(a for a, d in enumerate(shape) if d == 1)
         return (k + ones, i, o)
+
+
+def _compose(outer: range, inner: range) -> range:
+    """The numbers `outer[k]` for k in `inner`."""
+    start, step = outer.start, outer.step
+    return range(start + step * inner.start, start + step * inner.stop, step * inner.step)
+
+
+def _ranges_in(shape: tuple[int, ...], old: tuple[int, ...], part: Ranges) -> Ranges | None:
+    """The ranges of a part in another shape, where it is a box in axes that both have."""
+    if 0 in shape:
+        return None
+    ranges = list(map(range, shape))
+    for ours, theirs in _blocks(old, shape):
+        if len(ours) == len(theirs) == 1:
+            ranges[theirs[0]] = part[ours[0]]
+        elif any(part[a] != range(old[a]) for a in ours):
+            return None
+    return tuple(ranges)
 
 
 def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:

@@ -1,25 +1,43 @@
-"""How each parameter is handled, from shapes alone."""
+"""How each parameter is handled and what it costs, from shapes alone."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from optaxclip._leaves import path_name
-from optaxclip.per_example.forms import Dense, Form, is_form, terms
-from optaxclip.per_example.gradients import per_example_grad
+from optaxclip.per_example.arguments import Argnums, Options, bind
+from optaxclip.per_example.costs import (
+    Costs,
+    bytes_of,
+    costs_of,
+    norm_flops,
+    plain_flops,
+    sum_flops,
+)
+from optaxclip.per_example.fallbacks import reason
+from optaxclip.per_example.flatten import trace
+from optaxclip.per_example.forms import Form, is_form, terms, zero_like
+from optaxclip.per_example.table import amount, note, table
+from optaxclip.per_example.tracing import value_and_forms
+from optaxclip.per_example.uses import users
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter: the forms its gradient is the sum of, and how their norms are taken."""
+    """One parameter: the forms its gradient is the sum of, and what they cost."""
 
     path: str
     shape: tuple[int, ...]
+    uses: int
+    """Equations in which the parameter meets the example."""
     forms: tuple[str, ...]
+    """With the shapes of their factors."""
     norm_methods: tuple[str, ...]
+    norm_flops: int
+    sum_flops: int
+    """Of a weighted sum: a plain gradient's work for this parameter."""
     bytes: int
     """Held by the forms, for the whole batch."""
     stacked_bytes: int
@@ -33,6 +51,9 @@ class Plan:
     """What `explain` returns; print it."""
 
     rows: tuple[Row, ...]
+    costs: Costs
+    plain_flops: int
+    """Of the gradient of the summed loss."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -44,55 +65,137 @@ class Plan:
         return {row.path: dataclasses.asdict(row) for row in self.rows}
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "forms", "norm", "MB", "MB stacked", "fallback")
-        table = [head] + [
-            (
-                row.path,
-                "x".join(map(str, row.shape)) or "scalar",
-                " + ".join(row.forms),
-                " + ".join(row.norm_methods),
-                f"{row.bytes / 1e6:.3g}",
-                f"{row.stacked_bytes / 1e6:.3g}",
-                row.fallback or "-",
-            )
-            for row in self.rows
+        head = ("parameter", "shape", "uses", "form", "norm by", "norm", "sum", "held")
+        lines = table([head, *map(_cells, self.rows)])
+        printed = [lines[0]]
+        for row, line in zip(self.rows, lines[1:], strict=True):
+            printed.append(line)
+            printed += [note(f"stacked: {why}") for why in row.fallback.split("; ") if why]
+        return "\n".join([*printed, "", *self._totals()])
+
+    def _totals(self) -> list[str]:
+        costs = self.costs
+        share = costs.norm_flops / max(self.plain_flops, 1)
+        return [
+            f"Held by the forms: {amount(costs.factor_bytes, 'B')}; stacked it would be"
+            f" {amount(costs.stacked_bytes, 'B')}.",
+            f"A plain gradient: parameters {amount(costs.parameter_bytes, 'B')}, residuals"
+            f" {amount(costs.residual_bytes, 'B')}, {amount(self.plain_flops, 'FLOP')}.",
+            f"The norms add {amount(costs.norm_flops, 'FLOP')} ({share:.1%}).",
+            f'method="auto" takes {costs.method}.',
         ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
-        return "\n".join(lines)
 
 
-def explain(fun: Callable, params: Any, batch: Any) -> Plan:
+def explain(
+    fun: Callable,
+    params: Any,
+    batch: Any,
+    *args: Any,
+    argnums: Argnums = 0,
+    batch_argnums: Argnums = 1,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    prng_argnum: int | None = None,
+    **kwargs: Any,
+) -> Plan:
     """How `per_example_grad(fun)(params, batch)` handles each parameter. Computes nothing.
 
     Args:
       fun: the loss of one example, `fun(params, example)`.
-      params: arrays, or `jax.ShapeDtypeStruct`s.
-      batch: the same, with the examples on the leading axis.
+      params: arrays, or `jax.ShapeDtypeStruct`s; in general the first argument of `fun`.
+      batch: the same, with the examples on the leading axis; in general the second argument.
+      *args: further arguments of `fun`.
+      argnums: as for `per_example_grad`, and so are the other options.
+      batch_argnums: which arguments hold the examples.
+      has_aux: whether `fun` returns `(loss, aux)`.
+      keep_batch_dim: whether `fun` sees an example as a batch of one.
+      prng_argnum: the argument that is a random key.
+      **kwargs: keyword arguments of `fun`.
 
     Returns:
-      A `Plan`: one row per parameter; `.fallbacks`, `.to_dict()`.
+      A `Plan`: one row per parameter; `.fallbacks`, `.to_dict()`. Print it for a table with
+      the uses of each parameter, its form, the way to its norm, the operations of the norm and
+      of a weighted sum, and the bytes held.
+
+    Raises:
+      ValueError, TypeError: as `per_example_grad` does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import explain
+      >>> loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))
+      >>> params = {"w": jnp.ones((512, 256)), "b": jnp.ones(256)}
+      >>> print(explain(loss, params, jnp.ones((64, 512))))
+      parameter  shape    uses  form   norm by         norm         sum          held
+      b          256         1  Dense  sum of squares  32.8 kFLOP   32.8 kFLOP   65.5 kB
+      w          512x256     1  Outer  rank one        98.4 kFLOP   16.8 MFLOP   197 kB
+      ...
     """
-    grads = jax.eval_shape(per_example_grad(fun), params, batch)
+    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+    leaves, structure = jax.tree.flatten(((params, batch, *args), kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
+    plans: list[Plan] = []
+
+    def plan(arrays: dict[int, Any]) -> None:
+        full = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(structure, full)
+        plans.append(_plan(fun, options, args, kwargs))
+
+    jax.eval_shape(plan, arrays)
+    return plans[0]
+
+
+def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
+    call = bind(fun, options, args, kwargs)
+    program, _ = trace(call.fun, call.params, call.example)
+    _, _, forms = value_and_forms(program, call.params, call.batch)
+    grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
+    reached = users(program.block)
+    counts = [len(reached[number]) for number in program.params]
+    uses = jax.tree.leaves(call.like_params(counts, lambda leaf: 0))
     leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
-    return Plan(tuple(_row(path_name(path), form) for path, form in leaves))
+    rows = [
+        _row(path_name(path), form, count, call.size)
+        for (path, form), count in zip(leaves, uses, strict=True)
+    ]
+    return Plan(tuple(rows), costs_of(call, forms), plain_flops(call))
 
 
-def _row(path: str, form: Any) -> Row:
-    parts: tuple[Form, ...] = terms(form)
-    arrays = jax.tree.leaves(form)
-    reasons = dict.fromkeys(f.reason for f in parts if isinstance(f, Dense) and f.reason)
+def _row(path: str, form: Form, uses: int, examples: int) -> Row:
+    parts = terms(form)
+    size, itemsize = jax.ShapeDtypeStruct(form.shape, form.dtype).size, form.dtype.itemsize
     return Row(
         path=path,
         shape=tuple(form.shape),
+        uses=uses,
         forms=tuple(f"{type(f).__name__}{_factors(f)}" for f in parts),
         norm_methods=tuple(getattr(f, "norm_method", "sum of squares") for f in parts),
-        bytes=sum(x.size * x.dtype.itemsize for x in arrays),
-        stacked_bytes=arrays[0].shape[0] * math.prod(form.shape) * form.dtype.itemsize,
-        fallback="; ".join(reasons),
+        norm_flops=norm_flops(form),
+        sum_flops=sum_flops(form, examples),
+        bytes=bytes_of(form),
+        stacked_bytes=examples * size * itemsize,
+        fallback=reason(form),
     )
 
 
 def _factors(form: Form) -> str:
     shapes = (f"[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(form))
     return f"({', '.join(shapes)})"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    used = row.uses > 0
+    return (
+        row.path or "(the argument)",
+        "x".join(map(str, row.shape)) or "scalar",
+        str(row.uses),
+        _listed(form.partition("(")[0] for form in row.forms) if used else "-",
+        _listed(row.norm_methods) if used else "-",
+        amount(row.norm_flops, "FLOP"),
+        amount(row.sum_flops, "FLOP"),
+        amount(row.bytes, "B"),
+    )
+
+
+def _listed(words: Any) -> str:
+    return "+".join(dict.fromkeys(words))

@@ -65,8 +65,43 @@ def register_rule(*registered: Primitive) -> Callable[[Rule], Rule]:
 
     The rule is called as `rule(ctx, *operands, **equation_params)`, once for each operand
     that is a parameter (`ctx.position`), and returns the per-example gradients of that
-    operand, or None where it does not apply: then they are stacked by a VJP, which is
-    exact for anything differentiable.
+    operand as a form, or None where it does not apply.
+
+    Args:
+      registered: primitives, as in `jax.extend.core.primitives`, or your own. A rule that was
+        registered before is replaced.
+
+    Guarantees:
+      Without a rule, or where it returns None, the gradients of that operand are stacked by a
+      VJP, which is exact for anything differentiable.
+
+    Edge cases:
+      Operands that carry the examples (`ctx.batched`) and cotangents have them on a leading
+      axis; the parameter has none. Rules see real floating-point parameters only.
+
+    Example:
+      `lax.rem`, the remainder of a division, has no rule: its gradients are stacked. Where the
+      parameter is divided, its slope is one, and the cotangent is the gradient.
+
+      >>> import jax.numpy as jnp
+      >>> from jax import lax
+      >>> from jax.extend.core.primitives import rem_p
+      >>> from optaxclip.per_example import Dense, explain, register_rule
+      >>> loss = lambda w, x: jnp.sum(lax.rem(w, x))
+      >>> w, batch = jnp.array([5.0, 7.0]), jnp.array([[2.0, 3.0], [4.0, 5.0]])
+      >>> len(explain(loss, w, batch).fallbacks)
+      1
+      >>> @register_rule(rem_p)
+      ... def rem(ctx, dividend, divisor, **params):
+      ...     '''dL/dw_b = g_b.   Cost: none.'''
+      ...     return Dense(ctx.cotangent) if ctx.position == 0 else None
+      >>> len(explain(loss, w, batch).fallbacks)
+      0
+
+      Rules are kept for the process; this one is taken back.
+
+      >>> from optaxclip.per_example import registry
+      >>> _ = registry._RULES.pop(rem_p)
     """
 
     def register(rule: Rule) -> Rule:

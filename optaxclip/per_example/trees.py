@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.per_example.forms import Dense, Form, is_form
+from optaxclip.per_example.safe_norms import norms_of
 
 Tree = Any
 
@@ -17,6 +18,16 @@ Tree = Any
 def sq_norms(grads: Tree) -> jax.Array:
     """`|g_b|^2` over the whole tree, [B], in float32 (float64 for 64-bit leaves)."""
     return _total([form.sq_norm() for form in _forms(grads)])
+
+
+def norms(grads: Tree) -> jax.Array:
+    """`|g_b|` over the whole tree, [B], also where its square is out of range.
+
+    Costs memory and compile time; `sqrt(sq_norms(grads))` is right between 1e-19 and 1e19.
+    """
+    forms = _forms(grads)
+    _check_leaves(forms)
+    return norms_of(forms)
 
 
 def inner(grads: Tree, other: Tree) -> jax.Array:
@@ -48,6 +59,19 @@ def materialize(grads: Tree) -> Tree:
     return _map(lambda form: form.materialize(), grads)
 
 
+def masked(grads: Tree, keep: jax.Array) -> Tree:
+    """The gradients with zero for the examples where `keep`, [B], is false, NaN or not.
+
+    Every array of a form has the examples on its first axis, and one whose factors (and ids,
+    which stay in range) are zero is zero.
+    """
+
+    def mask(x: jax.Array) -> jax.Array:
+        return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+    return jax.tree.map(mask, grads)
+
+
 def _form(leaf: Any) -> Form:
     return leaf if is_form(leaf) else Dense(jnp.asarray(leaf))
 
@@ -61,6 +85,10 @@ def _forms(grads: Tree) -> list[Form]:
 
 
 def _total(parts: list[jax.Array]) -> jax.Array:
-    if not parts:
-        raise ValueError("grads must have at least one leaf, got none. Pass parameters.")
+    _check_leaves(parts)
     return functools.reduce(jnp.add, parts)
+
+
+def _check_leaves(leaves: list[Any]) -> None:
+    if not leaves:
+        raise ValueError("grads must have at least one leaf, got none. Pass parameters.")

@@ -1,14 +1,15 @@
 """Every pair of forms against their stacked arrays."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import close, normal
+from agreement import QUICK, close, normal
 
-from optaxclip.per_example import Dense, Gathered, Outer, Sum
+from optaxclip.per_example import Dense, Gathered, Outer, Sum, contractions, per_example_norms
 from optaxclip.per_example.forms import add, scale
 from optaxclip.per_example.layout import Layout
 
@@ -77,19 +78,22 @@ def test_stacks_are_the_definition():
     close(form.materialize(), jnp.asarray(by_hand), 1e-12)
 
 
+@pytest.mark.slow
 def test_every_pair():
-    found = forms()
+    found, pairs = forms(), functools.partial(itertools.combinations_with_replacement, r=2)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def products(found):
-        pairs = itertools.product(found.values(), repeat=2)
-        return [(x.inner(y), add([x, y]).sq_norm(), add([x, y]).materialize()) for x, y in pairs]
+        sums = (add([x, y]) for x, y in pairs(found.values()))
+        inner = [x.inner(y) for x, y in itertools.product(found.values(), repeat=2)]
+        return inner, [(total.sq_norm(), total.materialize()) for total in sums]
 
     # In the order in which jit hands over a dict.
-    stacked = {n: np.asarray(found[n].materialize()) for n in sorted(found)}
-    pairs = itertools.product(stacked.values(), repeat=2)
-    for (inner, norm, total), (x, y) in zip(products(found), pairs, strict=True):
-        close(inner, jnp.sum(x * y, axis=(1, 2)), 1e-12)
+    stacked = [np.asarray(found[n].materialize()) for n in sorted(found)]
+    inner, sums = products(found)
+    for product, (x, y) in zip(inner, itertools.product(stacked, repeat=2), strict=True):
+        close(product, jnp.sum(x * y, axis=(1, 2)), 1e-12)
+    for (norm, total), (x, y) in zip(sums, pairs(stacked), strict=True):
         close(norm, jnp.sum((x + y) ** 2, axis=(1, 2)), 1e-12)
         close(total, jnp.asarray(x + y), 1e-12)
 
@@ -112,6 +116,67 @@ def test_a_wide_table_is_never_stacked():
     right = jax.ShapeDtypeStruct((2, t, 1000), jnp.float32)
     norm = jax.jit(lambda f: f.sq_norm()).lower(Gathered(ids, right, layout)).compile()
     assert norm.memory_analysis().temp_size_in_bytes < 5 * 2 * t * 1000 * 4
+
+
+def peak(fun, *args):
+    """Bytes of temporaries, compiled for arrays of these shapes and never run."""
+    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def i32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def test_an_embedding_is_never_stacked():
+    """50,000 x 512 for B = 64 examples of 256 tokens: no B x V x D, no V x V."""
+    loss = lambda table, ids: jnp.sum(jnp.sin(table[ids]))  # noqa: E731
+    b, t, v, d = 64, 256, 50_000, 512
+    assert peak(per_example_norms(loss), f32(v, d), i32(b, t)) < 5 * b * t * d * 4
+
+
+# T, I and O such that T x T or I x O for each example would take 4 GB or more.
+LONG = {"gram": (4096, 16384, 16384), "instantiate": (8192, 8192, 4096)}
+
+
+@pytest.mark.parametrize("method", LONG)
+def test_norms_of_large_factors_take_little_more_memory(method):
+    t, i, o = LONG[method]
+    form = Outer(
+        f32(64, 1, t, i), f32(64, 1, t, o), Layout((i, o), jnp.dtype("float32"), ((), (0,), (1,)))
+    )
+    assert form.norm_method == method
+    assert min(t * t, i * o) * 64 * 4 > 2**32 - 1
+    assert peak(lambda form: form.sq_norm(), form) < 0.3 * (form.left.size + form.right.size) * 4
+
+
+@pytest.mark.parametrize(("rows", "s"), [(50_000, 8192), (256, 16384)])
+def test_cross_terms_of_a_tied_head_take_little_more_memory(rows, s):
+    b, d = 8, 64
+    layout = Layout((rows, d), jnp.dtype("float32"), ((), (0,), (1,)))
+    head = Outer(f32(b, 1, s, rows), f32(b, 1, s, d), layout)
+    bytes_ = peak(lambda x, y: x.inner(y), Gathered(i32(b, s), f32(b, s, d), layout), head)
+    assert bytes_ < 0.6 * b * s * min(s, rows) * 4
+
+
+def test_sums_by_blocks(monkeypatch):
+    """Blocks of a few numbers, with a rest."""
+    found = forms()
+    names = "rows T=9", "columns T=9", "split", "whole"
+    found = [found[f"outer {n}"] for n in names] + [
+        found["gathered rows"],
+        found["gathered columns"],
+    ]
+
+    def products(found):
+        return [x.inner(y) for x, y in itertools.combinations_with_replacement(found, 2)]
+
+    expected = jax.jit(products, compiler_options=QUICK)(found)
+    monkeypatch.setattr(contractions, "_BLOCK_BYTES", 400)
+    close(jax.jit(lambda x: products(x), compiler_options=QUICK)(found), expected, 1e-12)
 
 
 def test_gram_sums_that_cancel_stay_nonnegative():

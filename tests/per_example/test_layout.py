@@ -58,3 +58,10 @@ def test_an_axis_with_two_roles_cannot_be_transposed():
     layout = Layout((6, 4), F64, ((), (0,), (1,))).reshaped((3, 8))
     assert layout.split == (6, 4)
     assert layout.transposed((1, 0), (8, 3)) is None
+
+
+def test_an_axis_split_between_two_roles_moves_as_a_whole():
+    layout = Layout((2, 6), F64, ((1,), (0,), (2,)), (2, 3, 2))
+    blocks = np.asarray(normal(0, 3, 2, 2))
+    moved = layout.transposed((1, 0), (6, 2))
+    np.testing.assert_array_equal(moved.to_parameter(blocks), layout.to_parameter(blocks).T)

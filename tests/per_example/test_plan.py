@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 from agreement import normal
 
 from optaxclip.per_example import explain
@@ -32,16 +33,57 @@ def test_rows():
     assert rows["table"]["stacked_bytes"] == 3 * 9 * 4 * itemsize
     assert rows["table"]["bytes"] == 3 * 2 * (4 * itemsize + IDS.dtype.itemsize)
     assert rows["unused"]["bytes"] == 0
+    assert [row.uses for row in plan.rows] == [1, 0, 1, 1]
+    assert plan.costs.factor_bytes == sum(row.bytes for row in plan.rows)
+    assert plan.costs.parameter_bytes == sum(x.nbytes for x in PARAMS.values())
+
+
+def test_uses_are_counted_once_each():
+    def loss(p, x):
+        return jnp.sum(jnp.sin(x @ p["a"]) @ p["a"].T) + x[0] * p["b"] * p["c"]
+
+    params = {"a": normal(0, 4, 4), "b": jnp.ones(()), "c": jnp.ones(()), "n": jnp.arange(2)}
+    plan = explain(loss, params, normal(1, 5, 4))
+    assert {row.path: row.uses for row in plan.rows} == {"a": 2, "b": 1, "c": 1, "n": 0}
+
+
+def test_work():
+    """An MLP's layer: rank-one norms, and a sum that is a plain gradient's product."""
+    b, i, o = 64, 128, 32
+    plan = explain(lambda w, x: jnp.sum(x @ w), jnp.ones((i, o)), jnp.ones((b, i)))
+    (row,) = plan.rows
+    assert row.sum_flops == 2 * b * i * o + b * o  # weighted first
+    assert row.norm_flops == 2 * b * (i + o) + 2 * b  # the squares, their product, one sum
+    assert plan.plain_flops == pytest.approx(2 * 2 * b * i * o, rel=0.05)
 
 
 def test_printed():
     lines = str(explain(loss, PARAMS, IDS)).splitlines()
-    assert len(lines) == 5
-    assert lines[0].split()[:3] == ["parameter", "shape", "forms"]
-    assert "4x3" in lines[4]
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split()[:3] == ["parameter", "shape", "uses"]
     assert lines[1].index("9x4") == lines[0].index("shape")
+    assert "4x3" in lines[4]
+    assert lines[5].startswith("    stacked: ")
+    assert lines[-1] == 'method="auto" takes one_pass.'
+
+
+def test_long_paths_lose_their_middle():
+    params = {"encoder": {"block_with_a_very_long_name": {"attention": {"kernel": jnp.ones(3)}}}}
+    plan = explain(lambda p, x: jnp.sum(x * jax.tree.leaves(p)[0]), params, jnp.ones((2, 3)))
+    assert "encoder/block_w…ttention/kernel" in str(plan)
+    assert plan.rows[0].path.endswith("very_long_name/attention/kernel")
 
 
 def test_shapes_are_enough():
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, IDS))
     assert explain(loss, *abstract) == explain(loss, PARAMS, IDS)
+
+
+def test_further_arguments_may_be_anything():
+    def fun(params, batch, mode, *, scale):
+        assert mode == "train"
+        return jnp.sum(batch @ params) * scale, {"scale": scale}
+
+    plan = explain(fun, jnp.ones(3), jnp.ones((2, 3)), "train", scale=2.0, has_aux=True)
+    assert plan.rows[0].path == ""
+    assert "(the argument)" in str(plan)

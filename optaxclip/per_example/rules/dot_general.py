@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from optaxclip._compat import primitives as P  # noqa: N812
+from optaxclip._reductions import accumulator
 from optaxclip.per_example.forms import Outer
 from optaxclip.per_example.layout import Layout
 from optaxclip.per_example.registry import RuleContext, register_rule
@@ -20,12 +23,15 @@ def dot_general(
     """
     contract, batch = dimension_numbers
     mine, other = ctx.position, 1 - ctx.position
+    # In the parameter's order, so that the forms of all its uses agree.
+    pairs = sorted(zip(contract[mine], contract[other], strict=True))
+    rows, columns = tuple(a for a, _ in pairs), tuple(a for _, a in pairs)
     weight, data = ctx.parameter, (lhs, rhs)[other]
     data_ndim = data.ndim - 1  # without the examples
     free = _free(data_ndim, contract[other], batch[other])
     weight_free = _free(weight.ndim, contract[mine], batch[mine])
 
-    left = data.transpose(0, *(1 + a for a in (*batch[other], *free, *contract[other])))
+    left = data.transpose(0, *(1 + a for a in (*batch[other], *free, *columns)))
     # The output's axes: batch, then the free axes of lhs, then those of rhs.
     k = len(batch[0])
     n_free, n_weight = len(free), len(weight_free)
@@ -34,10 +40,13 @@ def dot_general(
     order = (*order, *range(start_weight, start_weight + n_weight))
     right = ctx.cotangent.transpose(0, *(1 + a for a in order))
 
-    roles = (tuple(batch[mine]), tuple(contract[mine]), weight_free)
+    roles = (tuple(batch[mine]), rows, weight_free)
     layout = Layout(weight.shape, weight.dtype, roles)
     size_k, size_i, size_o = layout.sizes
     t = math.prod(data.shape[1 + a] for a in free)
+    if accumulator(left.dtype) != accumulator(right.dtype):  # of 32 and of 64 bits
+        wide = jnp.promote_types(left.dtype, right.dtype)
+        left, right = left.astype(wide), right.astype(wide)
     return Outer(
         left.reshape(ctx.examples, size_k, t, size_i),
         right.reshape(ctx.examples, size_k, t, size_o),

@@ -19,7 +19,7 @@ def elementwise(ctx: RuleContext, *operands: Any, **params: Any) -> Dense | None
     return Dense(ctx.vjp())
 
 
-@register_rule(P.concatenate_p, P.pad_p, P.dynamic_update_slice_p)
+@register_rule(P.concatenate_p, P.pad_p, P.dynamic_update_slice_p, P.copy_p)
 def placing(ctx: RuleContext, *operands: Any, **params: Any) -> Dense | None:
     """`dL/dp_b` is a part of the cotangent.   Cost: a copy."""
     return Dense(ctx.vjp())

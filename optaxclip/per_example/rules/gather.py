@@ -25,23 +25,21 @@ def gather(
 ) -> Gathered | None:
     """`dL/dtable_b[v] = sum_t [ids_bt = v] g_bt`.   Cost: none, until it is contracted.
 
-    Applies where whole rows are read along one axis. Rows out of bounds receive nothing,
-    under `mode="clip"` the last row does.
+    Applies where single rows are read along some axes, whole along the others. Rows out of
+    bounds receive nothing, under `mode="clip"` the last row does.
     """
     numbers, shape = dimension_numbers, table.shape
-    if ctx.position != 0 or numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
+    if ctx.position != 0 or numbers.operand_batching_dims:
         return None
-    (axis,) = numbers.start_index_map
-    whole = tuple(1 if a == axis else d for a, d in enumerate(shape))
-    if tuple(slice_sizes) != whole or tuple(numbers.collapsed_slice_dims) != (axis,):
+    rows = tuple(a for a in numbers.start_index_map if slice_sizes[a] == 1)
+    if any(slice_sizes[a] != d for a, d in enumerate(shape) if a not in rows) or not rows:
         return None
     offsets = [1 + a for a in numbers.offset_dims]
     cotangent = ctx.cotangent
     batch = [a for a in range(1, cotangent.ndim) if a not in offsets]
     right = cotangent.transpose(0, *batch, *offsets)
-    ids = indices[..., 0].reshape(ctx.examples, -1)
-    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
-    return _rows(ctx, axis, ids, right, lax.GatherScatterMode.from_any(mode))
+    places = {a: indices[..., k] for k, a in enumerate(numbers.start_index_map)}
+    return _rows(ctx, rows, places, right, lax.GatherScatterMode.from_any(mode))
 
 
 @register_rule(P.dynamic_slice_p)
@@ -53,25 +51,33 @@ def dynamic_slice(
     if ctx.position != 0 or len(partial) != 1 or slice_sizes[partial[0]] != 1:
         return None
     (axis,) = partial
-    ids = jnp.asarray(starts[axis])
+    index = jnp.asarray(starts[axis])
     if not ctx.batched[1 + axis]:
-        ids = jnp.broadcast_to(ids, (ctx.examples,))
-    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))[:, None]
+        index = jnp.broadcast_to(index, (ctx.examples,))
     # The row's own axis has length one.
     right = jnp.moveaxis(ctx.cotangent, 1 + axis, 1)
-    return _rows(ctx, axis, ids, right, lax.GatherScatterMode.CLIP)
+    return _rows(ctx, (axis,), {axis: index}, right, lax.GatherScatterMode.CLIP)
 
 
 def _rows(
-    ctx: RuleContext, axis: int, ids: Any, right: Any, mode: lax.GatherScatterMode
+    ctx: RuleContext,
+    axes: tuple[int, ...],
+    places: dict[int, Any],
+    right: Any,
+    mode: lax.GatherScatterMode,
 ) -> Gathered:
+    """Rows along `axes`; `places` are the starts along these and along axes read whole."""
     table = ctx.parameter
-    rest = tuple(a for a in range(table.ndim) if a != axis)
-    count = math.prod(table.shape[a] for a in rest)
-    right = right.reshape(ctx.examples, ids.shape[1], count)
-    rows = table.shape[axis]
+    rest = tuple(a for a in range(table.ndim) if a not in axes)
+    ids, inside = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    for axis, index in places.items():
+        index = index.astype(jnp.promote_types(index.dtype, jnp.int32)).reshape(ctx.examples, -1)
+        last = table.shape[axis] - 1 if axis in axes else 0
+        inside &= (index >= 0) & (index <= last)
+        if axis in axes:
+            ids = ids * table.shape[axis] + jnp.clip(index, 0, last)
+    right = right.reshape(*ids.shape, math.prod(table.shape[a] for a in rest))
     if mode != lax.GatherScatterMode.CLIP:
-        inside = (ids >= 0) & (ids < rows)
         right = jnp.where(inside[:, :, None], right, jnp.zeros((), right.dtype))
-    layout = Layout(table.shape, table.dtype, ((), (axis,), rest))
-    return Gathered(jnp.clip(ids, 0, rows - 1), right, layout)
+    roles = ((), tuple(a for a in places if a in axes), rest)
+    return Gathered(ids, right, Layout(table.shape, table.dtype, roles))

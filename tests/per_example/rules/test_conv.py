@@ -64,10 +64,54 @@ def test_the_smaller_of_patches_and_stacked_gradients(out, form, groups):
     assert plan.rows[0].forms[0].startswith(form)
 
 
-def test_kernel_as_image_and_batch_groups_fall_back():
-    def loss(w, x):
-        swapped = lax.conv_general_dilated(w, x, (1,), "SAME")
-        grouped = lax.conv_general_dilated(x, w, (1,), "SAME", batch_group_count=2)
-        return jnp.sum(jnp.sin(swapped)) + jnp.sum(jnp.cos(grouped))
+@pytest.mark.parametrize("numbers", [("NCW", "OIW", "NCW"), ("NWC", "WIO", "NWC")])
+@pytest.mark.parametrize("out", [4, 40])
+def test_batch_groups(numbers, out):
+    channels_last = numbers[0] == "NWC"
 
-    assert_equals_oracle(loss, normal(0, 2, 2, 5), normal(1, 3, 2, 2, 5), fallbacks=[""])
+    def loss(w, x):
+        if channels_last:
+            w, x = w.transpose(2, 1, 0), x.transpose(0, 2, 1)
+        y = lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=numbers, batch_group_count=2
+        )
+        return jnp.sum(jnp.cos(y))
+
+    assert_equals_oracle(loss, normal(0, out, 2, 3), normal(1, 3, 4, 2, 5))
+
+
+def test_a_parameter_as_image_and_a_kernel_from_the_example():
+    def loss(w, x):
+        return jnp.sum(jnp.sin(lax.conv_general_dilated(w, x, (1,), "SAME")))
+
+    assert_equals_oracle(loss, normal(0, 2, 2, 5), normal(1, 3, 2, 2, 5))
+
+
+@pytest.mark.parametrize("length", [9, 65])
+def test_patches_of_a_large_window(length):
+    def loss(w, x):
+        return jnp.sum(jnp.sin(lax.conv_general_dilated(x, w, (3,), "SAME", rhs_dilation=(2,))))
+
+    plan = assert_equals_oracle(loss, normal(0, 2, 1, length), normal(1, 3, 1, 1, 9))
+    assert plan.rows[0].forms[0].startswith("Dense" if length == 9 else "Outer")
+
+
+def test_flipped_kernels_of_a_transposed_convolution():
+    def loss(w, x):
+        y = lax.conv_transpose(
+            x, w, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), transpose_kernel=True
+        )
+        return jnp.sum(jnp.sin(y))
+
+    for out in (2, 40):
+        assert_equals_oracle(loss, normal(0, 3, 2, out), normal(1, 3, 1, 5, out))
+
+
+def test_an_empty_kernel():
+    def loss(params, x):
+        empty = lax.conv_general_dilated(x[:, :0], params[0], (1,), "SAME")
+        return jnp.sum(empty) + jnp.sum(jnp.sin(x * params[1]))
+
+    assert_equals_oracle(
+        loss, [jnp.zeros((2, 0, 3)), normal(0)], normal(1, 3, 1, 1, 9), may_vanish=True
+    )

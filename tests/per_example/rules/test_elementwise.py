@@ -1,7 +1,10 @@
+import jax
 import jax.numpy as jnp
 import pytest
 from agreement import assert_equals_oracle, normal
 from jax import lax
+
+from optaxclip.per_example import per_example_grad, sq_norms, weighted_sum
 
 OPS = {
     "add": lambda p, x: p + x,
@@ -31,3 +34,15 @@ def test_a_bias_is_stacked_at_its_own_size():
         lambda b, x: jnp.sum(jnp.sin(x + b)), normal(0, 4), normal(1, 5, 30, 4)
     )
     assert plan.rows[0].forms == ("Dense([5,4])",)
+
+
+def test_scales_and_biases_hold_no_more_than_the_cotangent():
+    """[B, D] each for norms and sums; of [B, T, D] just the cotangent."""
+
+    def clipped(params, x):
+        grads = per_example_grad(lambda p, x: jnp.sum(jnp.sin(x * p[0] + p[1])))(params, x)
+        return weighted_sum(grads, 1 / jnp.sqrt(sq_norms(grads)))
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((128,), (128,), (8, 64, 128))]
+    compiled = jax.jit(clipped).lower(shapes[:2], shapes[2]).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * 8 * 64 * 128 * 4

@@ -1,6 +1,8 @@
+import jax
 import jax.numpy as jnp
 import pytest
 from agreement import assert_equals_oracle, normal
+from jax import lax
 
 from optaxclip.per_example import Gathered, per_example_grad
 
@@ -49,10 +51,25 @@ def test_a_table_is_never_stacked():
     assert grads.right.shape == (2, 32, 3)
 
 
-def test_elements_by_two_indices_fall_back():
-    assert_equals_oracle(
-        lambda t, ids: jnp.sum(jnp.sin(t[ids[:2], ids[2:]])),
-        normal(0, 6, 6),
-        IDS,
-        fallbacks=[""],
-    )
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_elements_by_two_indices(mode):
+    def loss(t, ids):
+        found = t.at[ids[:2], :, ids[2:]].get(mode=mode, fill_value=0.5)
+        return jnp.sum(jnp.sin(found) * jnp.arange(1.0, 3.0)[:, None])
+
+    plan = assert_equals_oracle(loss, normal(0, 5, 2, 4), IDS)
+    assert plan.rows[0].forms == ("Gathered([3,2], [3,2,2])",)
+
+
+def test_one_row_at_a_time_under_vmap():
+    def loss(t, ids):
+        return jnp.sum(jnp.sin(jax.vmap(lambda i: t[i])(ids)))
+
+    assert_equals_oracle(loss, normal(0, 6, 2), IDS)
+
+
+def test_a_window_of_rows_falls_back():
+    def loss(t, ids):
+        return jnp.sum(jnp.sin(lax.dynamic_slice(t, (ids[0], 0 * ids[0]), (2, 3))))
+
+    assert_equals_oracle(loss, normal(0, 6, 3), IDS, fallbacks=[""])

@@ -1,0 +1,153 @@
+"""The arguments of a loss: which are differentiated, which hold examples, which are shared."""
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.per_example.checks import check_batch, check_params, loss_and_aux, what_fun_saw
+
+Tree = Any
+Argnums = int | Sequence[int]
+
+_ROLES = ("argnums", "batch_argnums", "prng_argnum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a loss is called; the arguments of `per_example_grad`."""
+
+    argnums: Argnums = 0
+    batch_argnums: Argnums = 1
+    has_aux: bool = False
+    keep_batch_dim: bool = False
+    prng_argnum: int | None = None
+
+    def __post_init__(self) -> None:
+        taken: dict[int, str] = {}
+        for name, numbers in self.named_argnums.items():
+            if not numbers:
+                raise ValueError(f"{name} must name an argument, got (). Pass an int.")
+            for k in numbers:
+                if k < 0:
+                    raise ValueError(f"{name} must be >= 0, got {k}. Count from the left.")
+                if k in taken:
+                    raise ValueError(
+                        f"an argument must have one role, got {k} in {taken[k]} and in {name}."
+                        " Remove it from one of the two."
+                    )
+                taken[k] = name
+
+    @property
+    def named_argnums(self) -> dict[str, tuple[int, ...]]:
+        """The numbers of the arguments that are not simply shared."""
+        given = {name: getattr(self, name) for name in _ROLES}
+        return {name: _numbers(name, value) for name, value in given.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a loss, as a function of what is differentiated and of one example."""
+
+    fun: Callable[[list[Any], list[Any]], tuple[Any, Any]]
+    """`fun(params, example) -> (loss, aux)`; aux is () unless the loss has some."""
+    params: list[jax.Array]
+    """The arrays to differentiate with respect to."""
+    batch: list[jax.Array]
+    """Arrays with the examples on the leading axis."""
+    like_params: Callable[[list[Any], Callable[[Any], Any]], Tree]
+    """`(gradients, zero) -> tree` like the differentiated arguments; `zero(leaf)` elsewhere."""
+
+    @property
+    def size(self) -> int:
+        """How many examples there are."""
+        return self.batch[0].shape[0]
+
+    @property
+    def example(self) -> list[jax.ShapeDtypeStruct]:
+        """The types of one example."""
+        return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self.batch]
+
+
+def bind(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+    """Split the arguments of `fun(*args, **kwargs)`. Raises where they do not fit."""
+    roles = options.named_argnums
+    names = _argument_names(fun, len(args))
+    for role, numbers in roles.items():
+        for k in numbers:
+            if k >= len(args):
+                raise ValueError(
+                    f"{role} must name positional arguments, got {k} with {len(args)} of them:"
+                    f" {', '.join(names) or 'none'}. Pass that argument by position, or change"
+                    f" {role}."
+                )
+    of_params, of_batch, of_keys = (roles.get(r, ()) for r in _ROLES)
+    check_params([(names[k], args[k]) for k in of_params])
+    check_batch([(names[k], args[k]) for k in of_batch])
+
+    leaves, params_tree = jax.tree.flatten([args[k] for k in of_params])
+    leaves = [jnp.asarray(x) for x in leaves]
+    moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+    batch, batch_tree = jax.tree.flatten([args[k] for k in of_batch])
+    batch = [jnp.asarray(x) for x in batch]
+    keys, keys_tree = jax.tree.flatten([args[k] for k in of_keys])
+    keys = [jax.random.split(key, batch[0].shape[0]) for key in keys]
+
+    def with_moving(values: list[Any], others: list[Any]) -> list[Tree]:
+        full = list(others)
+        for i, value in zip(moving, values, strict=True):
+            full[i] = value
+        return jax.tree.unflatten(params_tree, full)
+
+    def one(params: list[Any], example: list[Any]) -> tuple[Any, Any]:
+        data, key = example[: len(batch)], example[len(batch) :]
+        if options.keep_batch_dim:
+            data = [x[None] for x in data]
+        given = dict(enumerate(args))
+        given.update(zip(of_params, with_moving(params, leaves), strict=True))
+        given.update(zip(of_batch, jax.tree.unflatten(batch_tree, data), strict=True))
+        given.update(zip(of_keys, jax.tree.unflatten(keys_tree, key), strict=True))
+        try:
+            result = fun(*given.values(), **kwargs)
+        except Exception as error:
+            seen = {names[k]: given[k] for k in of_batch}
+            error.add_note(what_fun_saw(seen, options.keep_batch_dim))
+            raise
+        return loss_and_aux(result, options.has_aux, options.keep_batch_dim)
+
+    def like_params(gradients: list[Any], zero: Callable[[Any], Any]) -> Tree:
+        zeros = [None if i in moving else zero(x) for i, x in enumerate(leaves)]
+        trees = with_moving(gradients, zeros)
+        return tuple(trees) if isinstance(options.argnums, Sequence) else trees[0]
+
+    return Call(one, [leaves[i] for i in moving], batch + keys, like_params)
+
+
+def unbatched_aux(aux: Tree, options: Options) -> Tree:
+    """Aux of batches of one example without that axis, which `[B, ...]` stands for already."""
+    if not options.keep_batch_dim:
+        return aux
+    return jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 and x.shape[1] == 1 else x, aux)
+
+
+def _numbers(name: str, value: Any) -> tuple[int, ...]:
+    given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    try:
+        return tuple(map(operator.index, given))
+    except TypeError:
+        kind = "an int" if name == "prng_argnum" else "an int or a tuple of ints"
+        raise TypeError(f"{name} must be {kind}, got {value!r}. Count arguments from 0.") from None
+
+
+def _argument_names(fun: Callable, count: int) -> list[str]:
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in positional][:count]
+    return names + [f"args[{k}]" for k in range(len(names), count)]

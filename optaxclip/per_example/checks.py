@@ -1,0 +1,135 @@
+"""What a loss and its arguments must be: errors that name argument, shape and remedy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip._leaves import path_name
+
+Tree = Any
+
+
+def check_params(arguments: list[tuple[str, Tree]]) -> None:
+    """Each differentiated argument has a real floating-point array, and nothing complex."""
+    for name, tree in arguments:
+        leaves = jax.tree.leaves_with_path(tree)
+        if not leaves:
+            raise ValueError(
+                f"a differentiated argument must have at least one array, got none in {name}."
+                " Pass the parameters there, or change argnums."
+            )
+        kinds = [_kind(leaf) for _, leaf in leaves]
+        places = [f"{_described(leaf)} at {_at(name, path)}" for path, leaf in leaves]
+        for kind, place in zip(kinds, places, strict=True):
+            if kind is None:
+                raise TypeError(
+                    f"parameters must be arrays, got {place}. Keep everything else in an"
+                    " argument of its own, or close over it."
+                )
+            if jnp.issubdtype(kind, jnp.complexfloating):
+                raise TypeError(
+                    f"parameters must be real, got {place}. Pass the real and the imaginary"
+                    " part as two arrays."
+                )
+        if not any(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+            raise TypeError(
+                "a differentiated argument must have a floating-point array, got"
+                f" {', '.join(places)}. Convert one with .astype(jnp.float32), or change"
+                " argnums."
+            )
+
+
+def check_batch(arguments: list[tuple[str, Tree]]) -> None:
+    """All leaves have the examples on the leading axis, and at least one of them."""
+    leaves = [
+        (_at(name, path), jnp.shape(leaf))
+        for name, tree in arguments
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+    if not leaves:
+        names = ", ".join(name for name, _ in arguments)
+        raise ValueError(
+            f"the batch must have at least one array, got none in {names}. Pass the examples"
+            " there, or change batch_argnums."
+        )
+    first_name, first = leaves[0]
+    for name, shape in leaves:
+        if not shape:
+            raise ValueError(
+                f"every leaf of the batch must have the examples on its first axis, got a"
+                f" scalar at {name}. Repeat it, or pass what all examples share as an argument"
+                " that is not in batch_argnums."
+            )
+        if shape[0] != first[0]:
+            raise ValueError(
+                f"batch sizes must agree, got {shape} at {name} and {first} at {first_name}."
+                " Give every leaf of the batch the same first axis."
+            )
+    if first[0] == 0:
+        raise ValueError(
+            f"the batch must not be empty, got {first} at {first_name}. Skip this step, or pass"
+            " at least one example."
+        )
+
+
+def loss_and_aux(result: Any, has_aux: bool, keep_batch_dim: bool) -> tuple[Any, Any]:
+    """The result of the loss as `(loss, aux)`, checked."""
+    aux: Any = ()
+    if has_aux:
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise TypeError(
+                f"with has_aux=True fun must return (loss, aux), got {_described(result)}. Return"
+                " a pair, or pass has_aux=False."
+            )
+        result, aux = result
+    leaves = jax.tree.leaves(result)
+    if len(leaves) != 1 or leaves[0] is not result or jnp.shape(result) != ():
+        saw = "a batch of one example, with its batch axis" if keep_batch_dim else (
+            "one example, without the batch axis"
+        )  # fmt: skip
+        raise ValueError(
+            f"fun must return the loss of one example, a scalar, got {_described(result)}. It saw"
+            f" {saw} (keep_batch_dim={keep_batch_dim}): change that if it expects"
+            " otherwise, reduce the loss with jnp.sum or jnp.mean, or pass has_aux=True if it"
+            " returns (loss, aux)."
+        )
+    dtype = jnp.result_type(result)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"fun must return a real floating-point loss, got dtype {dtype}. Convert it with"
+            " .astype(jnp.float32), or return a differentiable loss."
+        )
+    return result, aux
+
+
+def what_fun_saw(arguments: dict[str, Tree], keep_batch_dim: bool) -> str:
+    """A note for errors that `fun` raises."""
+    leaves = jax.tree.leaves_with_path(arguments)
+    shapes = [f"{_described(leaf)} at {path_name(path)}" for path, leaf in leaves]
+    return (
+        f"fun was called with one example: {', '.join(shapes)}. If it expects"
+        f" {'no batch' if keep_batch_dim else 'a batch'} axis there, pass"
+        f" keep_batch_dim={not keep_batch_dim}."
+    )
+
+
+def _kind(leaf: Any) -> Any:
+    """The dtype of an array or a Python number, None of anything else."""
+    return (
+        jnp.result_type(leaf)
+        if isinstance(leaf, int | float | complex)
+        else getattr(leaf, "dtype", None)
+    )
+
+
+def _at(name: str, path: tuple) -> str:
+    return "/".join(filter(None, (name, path_name(path))))
+
+
+def _described(tree: Tree) -> str:
+    leaves = jax.tree.leaves(tree)
+    shapes = [
+        f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__ for x in leaves
+    ]
+    return ", ".join(shapes) or repr(tree)

@@ -1,0 +1,110 @@
+"""Sums over the factors of per-example gradients: in float32, in bounded memory."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip._reductions import accumulator
+
+# A sum whose intermediate is larger is taken block by block.
+_BLOCK_BYTES = 2**26
+
+
+def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+    """`einsum` that adds in float32, or in float64 where an operand has 64 bits."""
+    dtype = functools.reduce(jnp.promote_types, (accumulator(x.dtype) for x in operands))
+    if len({x.dtype for x in operands}) > 1:
+        operands = tuple(x.astype(dtype) for x in operands)
+    return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+
+
+def by_blocks(
+    fun: Callable[..., jax.Array], axis: int, size: int, *factors: jax.Array
+) -> jax.Array:
+    """`fun(*factors)`, a sum over an axis of the factors, from one block of the axis at a time.
+
+    `size` is how many numbers `fun` would hold for the whole axis. Blocks are as long as
+    64 MB or an eighth of the factors allow, and the axis is not that of the examples, which
+    may be sharded.
+    """
+    length, itemsize = factors[0].shape[axis], accumulator(factors[0].dtype).itemsize
+    in_factors = sum(x.size for x in factors)
+    limit = max(_BLOCK_BYTES, in_factors * itemsize // 8)
+    if size * itemsize <= limit or length == 1:
+        return fun(*factors)
+    # A block of the factors is copied, too.
+    count = min(length, math.ceil((size + in_factors) * itemsize / limit))
+    step = length // count
+
+    def block(start: Any) -> jax.Array:
+        return fun(*(lax.dynamic_slice_in_dim(x, start, step, axis) for x in factors))
+
+    def add_block(total: jax.Array, start: Any) -> tuple[jax.Array, None]:
+        return total + block(start), None
+
+    starts = step * jnp.arange(1, length // step)
+    total, _ = lax.scan(add_block, block(0), starts)
+    full = length - length % step
+    if full < length:
+        rest = (lax.slice_in_dim(x, full, length, axis=axis) for x in factors)
+        total = total + fun(*rest)
+    return total
+
+
+def by_examples(fun: Callable[..., jax.Array], size: int, *factors: Any) -> jax.Array:
+    """`fun(*factors)`, [B], from as many examples at a time as 64 MB hold.
+
+    `size` is how many numbers `fun` holds for one example.
+    """
+    arrays = jax.tree.leaves(factors)
+    count, bytes_each = arrays[0].shape[0], size * accumulator(arrays[0].dtype).itemsize
+    if count * bytes_each <= _BLOCK_BYTES:
+        return fun(*factors)
+
+    def one(factors: Any) -> jax.Array:
+        return fun(*jax.tree.map(lambda x: x[None], factors))[0]
+
+    return lax.map(one, factors, batch_size=max(1, _BLOCK_BYTES // bytes_each))
+
+
+def gram(left: jax.Array, right: jax.Array, left2: jax.Array, right2: jax.Array) -> jax.Array:
+    """`sum_ts <left_t, left2_s> <right_t, right2_s>`, for factors [B, K, T, ...]: [B]."""
+
+    def some(left: jax.Array, right: jax.Array) -> jax.Array:
+        lefts = einsum("bkti,bksi->bkts", left, left2)
+        rights = einsum("bkto,bkso->bkts", right, right2)
+        return jnp.sum(lefts * rights, axis=(1, 2, 3))
+
+    b, k, t, _ = left.shape
+    return by_blocks(some, 2, 2 * b * k * t * left2.shape[2], left, right)
+
+
+def weigh(factor: jax.Array, weights: jax.Array) -> jax.Array:
+    """`weights[b] * factor[b]`, in the accumulator's dtype."""
+    dtype = jnp.promote_types(accumulator(factor.dtype), accumulator(weights.dtype))
+    column = weights.astype(dtype).reshape(-1, *(1,) * (factor.ndim - 1))
+    return factor.astype(dtype) * column
+
+
+def ranks(ids: jax.Array) -> jax.Array:
+    """Number the distinct ids of each example 0, 1, ...: [B, T] -> [B, T], without T x T."""
+
+    def one(ids: jax.Array) -> jax.Array:
+        ids = ids.astype(jnp.int32)
+        order = jnp.argsort(ids)
+        ordered = ids[order]
+        steps = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+        return jnp.zeros_like(ids).at[order].set(jnp.cumsum(steps, dtype=ids.dtype))
+
+    return jax.vmap(one)(ids) if ids.size else ids
+
+
+def by_rank(ranks: jax.Array, rows: jax.Array, number: int) -> jax.Array:
+    """Add the rows of one rank: [B, T, O] -> [B, number, O]."""
+    wide = rows.astype(accumulator(rows.dtype))
+    return jax.vmap(lambda r, x: jax.ops.segment_sum(x, r, num_segments=number))(ranks, wide)

@@ -1,0 +1,133 @@
+"""Weighted sums of per-example gradients, by the schedule that suits the shapes.
+
+The weights may depend on the norms: clipping is `c_b = min(1, max_norm / |g_b|)`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
+from optaxclip.per_example.costs import Method, costs_of, total_loss
+from optaxclip.per_example.fallbacks import refuse_fallbacks
+from optaxclip.per_example.forms import Dense, Form, zero_like
+from optaxclip.per_example.gradients import factored
+from optaxclip.per_example.trees import sq_norms, weighted_sum
+
+Tree = Any
+Weights = Callable[[jax.Array], jax.Array]
+
+
+class Reweighted(NamedTuple):
+    """What a function made by `reweighted_grad` returns."""
+
+    grads: Tree
+    """`sum_b c_b g_b`, like the differentiated arguments."""
+    values: jax.Array
+    """Losses, [B]."""
+    sq_norms: jax.Array
+    """`|g_b|^2`, [B]."""
+    weights: jax.Array
+    """`c_b`, [B]."""
+    aux: Tree
+    """[B, ...]; () without `has_aux`."""
+
+
+def reweighted_grad(
+    fun: Callable,
+    weights: Weights,
+    argnums: Argnums = 0,
+    *,
+    method: Method | Literal["auto"] = "auto",
+    batch_argnums: Argnums = 1,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    prng_argnum: int | None = None,
+    strict: bool = False,
+) -> Callable[..., Reweighted]:
+    """`sum_b c_b g_b` with weights that depend on the norms, `c = weights(|g|^2)`.
+
+    Args:
+      fun: the loss of one example, as for `per_example_grad`.
+      weights: squared norms [B] -> weights [B]. No gradient flows through it.
+      argnums: as for `per_example_grad`, and so are the options below.
+      method: `"one_pass"`: norms and sum from factored gradients, which are held in between.
+        `"two_pass"`: norms from factored gradients, then the gradient of `sum_b c_b loss_b`:
+        a second forward and backward pass. `"vmap"`: the gradients of all examples, stacked.
+        `"auto"`: one pass or stacked, by bytes and operations estimated from shapes.
+      batch_argnums: which arguments hold the examples.
+      has_aux: whether `fun` returns `(loss, aux)`.
+      keep_batch_dim: whether `fun` sees an example as a batch of one.
+      prng_argnum: the argument that is a random key.
+      strict: whether to raise where factored gradients have to be stacked for want of a form.
+
+    Returns:
+      A function of the arguments of `fun`, which returns a `Reweighted`.
+
+    Raises:
+      ValueError: unknown method; weights that are not [B]; otherwise as `per_example_grad`.
+
+    Guarantees:
+      All methods give the same numbers to rounding. Under `jit`, what a method does not need
+      is not computed.
+
+    Edge cases:
+      A weight of zero does not hide a gradient that is infinite or NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import reweighted_grad
+      >>> loss = lambda w, x: (x @ w) ** 2 / 2
+      >>> to_unit_norm = lambda sq_norms: 1 / jnp.sqrt(sq_norms)
+      >>> batch = jnp.array([[3.0, 4.0], [0.0, 2.0]])
+      >>> print(reweighted_grad(loss, to_unit_norm)(jnp.ones(2), batch).grads)
+      [0.6 1.8]
+    """
+    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+    known = ("auto", *get_args(Method))
+    if method not in known:
+        raise ValueError(f"unknown method, got {method!r}. Use one of {known}.")
+
+    @functools.wraps(fun)
+    def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
+        call = bind(fun, options, args, kwargs)
+        chosen: Method = "vmap"
+        if method != "vmap":
+            losses, aux, forms = factored(call)
+            chosen = costs_of(call, forms).method if method == "auto" else method
+        if chosen == "vmap":
+            losses, aux, forms = _stacked(call)
+        grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
+        if strict and chosen != "vmap":
+            refuse_fallbacks(grads)
+        squares = sq_norms(grads)
+        c = jax.lax.stop_gradient(weights(squares))
+        _check_weights(c, call.size)
+        total = _second_pass(call, c) if chosen == "two_pass" else weighted_sum(grads, c)
+        return Reweighted(total, losses, squares, c, unbatched_aux(aux, options))
+
+    return reweighted
+
+
+def _stacked(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
+    """As `factored`, by `vmap(grad)`."""
+    each = jax.vmap(jax.value_and_grad(call.fun, has_aux=True), (None, 0))
+    (losses, aux), grads = each(call.params, call.batch)
+    return losses, aux, [Dense(g) for g in grads]
+
+
+def _second_pass(call: Call, weights: jax.Array) -> Tree:
+    """The gradient of the reweighted loss."""
+    grads = jax.grad(total_loss(call, weights))(call.params, call.batch)
+    return call.like_params(grads, lambda leaf: zero_like(leaf, call.size).weighted_sum(weights))
+
+
+def _check_weights(weights: Any, size: int) -> None:
+    if jnp.shape(weights) != (size,):
+        raise ValueError(
+            f"weights must return one number per example, got shape {jnp.shape(weights)} for"
+            f" squared norms of shape {(size,)}. Return an array of that shape."
+        )

@@ -1,0 +1,114 @@
+"""Two walks through a block: forward with taps, and from the cotangents of the taps to forms.
+
+A use is an equation in which a parameter meets the example. A zero is added to its output (a
+tap), and its operands that carry the example are recorded. A control-flow equation carries
+the taps and records of its bodies. Both walks nest as the blocks do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from optaxclip._compat import source_line
+from optaxclip.per_example.forms import Dense, Form
+from optaxclip.per_example.program import (
+    Block,
+    Equation,
+    Found,
+    Values,
+    evaluate_once,
+    merge,
+)
+from optaxclip.per_example.pullback import pull_back
+from optaxclip.per_example.registry import RuleContext, rule_of, stacked_vjp
+
+Taps = tuple[dict[int, Any], dict[int, Any]]
+Records = dict[int, Any]
+
+
+def zero_taps(block: Block) -> Taps:
+    """The taps by the number of their value; those of control flow by its place in the block."""
+    avals: dict[int, Any] = {}
+    for equation in block.each:
+        if isinstance(equation, Equation):
+            avals.update(zip(equation.outputs, (v.aval for v in equation.eqn.outvars), strict=True))
+    uses = [e for e in block.each if isinstance(e, Equation) and block.is_use(e)]
+    tapped = {block.tapped[e.outputs[k]] for e in uses for k in e.differentiable}
+    here = {n: jnp.zeros(avals[n].shape, avals[n].dtype) for n in tapped}
+    return here, {k: e.taps() for k, e in enumerate(block.each) if not isinstance(e, Equation)}
+
+
+def run(block: Block, values: Values, taps: Taps) -> tuple[list[Any], Records]:
+    """The outputs for one example, and the records. `values` gains what is evaluated."""
+    here, within = taps
+    records: Records = {}
+    for k, equation in enumerate(block.each):
+        if not isinstance(equation, Equation):
+            records[k] = equation.run(values, within[k])
+            continue
+        operands = equation.evaluate(values)
+        if block.is_use(equation):
+            records[k] = {p: operands[p] for p in equation.recorded}
+        for number in here.keys() & equation.outputs:
+            values[number] += here[number]
+    return [values[i] for i in block.outputs], records
+
+
+def find_forms(
+    block: Block, values: Mapping[int, Any], records: Records, cotangents: Taps
+) -> Found:
+    """The forms of the active values that the block takes from around it.
+
+    `values` holds all known values, those of the block included; records and cotangents are
+    batched.
+    """
+    found: Found = {}
+    here, within = cotangents
+    for k, equation in enumerate(block.each):
+        if not isinstance(equation, Equation):
+            merge(found, equation.forms(values, records[k], within[k]).items())
+        elif block.is_use(equation):
+            arrived = [here[block.tapped[equation.outputs[p]]] for p in equation.differentiable]
+            forms = _forms(equation, values, records[k], arrived, block)
+            merge(found, ((number, [form]) for number, form in forms))
+    pull_back(block, values, found)
+    return found
+
+
+def body_forms(body: Block, values: Mapping[int, Any], records: Records, cotangents: Taps) -> Found:
+    """`find_forms` of a body, whose known values are yet to be evaluated."""
+    local = dict(values)
+    evaluate_once(body, local)
+    return find_forms(body, local, records, cotangents)
+
+
+def _forms(
+    equation: Equation,
+    values: Mapping[int, Any],
+    record: dict[int, Any],
+    cotangents: list[Any],
+    block: Block,
+) -> list[tuple[int, Form]]:
+    """The form of each parameter operand, by the number of its value."""
+    eqn, inputs = equation.eqn, equation.inputs
+    operands = tuple(record[p] if p in record else values[i] for p, i in enumerate(inputs))
+    batched = tuple(p in record for p in range(len(operands)))
+    found: list[tuple[int, Form]] = []
+    left: list[int] = []
+    rule = rule_of(eqn.primitive)
+    for position, number in enumerate(inputs):
+        if number not in block.active:
+            continue
+        ctx = RuleContext(eqn, position, batched, operands, tuple(cotangents))
+        real = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (ctx.parameter, *cotangents))
+        form = rule(ctx, *operands, **eqn.params) if rule is not None and real else None
+        if form is None:
+            left.append(position)
+        else:
+            found.append((number, form))
+    if left:
+        why = f"no exact factored form for {eqn.primitive} at {source_line(eqn)}"
+        stacked = stacked_vjp(eqn, tuple(left), batched, operands, tuple(cotangents))
+        found += [(inputs[p], Dense(x, why)) for p, x in zip(left, stacked, strict=True)]
+    return found

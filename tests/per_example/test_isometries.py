@@ -1,0 +1,133 @@
+"""Forms that go back through code without the example, and stay factored."""
+
+import jax.numpy as jnp
+import pytest
+from agreement import assert_equals_oracle, normal
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+X = jnp.sin(jnp.arange(60.0).reshape(5, 3, 4))
+IDS = jnp.array([[0, 1, 5, 6, 6], [2, 2, 4, 5, 0]])
+LAYERS = {"a": jnp.zeros((4, 4)), "b": jnp.zeros(4), "c": jnp.zeros((4, 3))}
+
+
+def total(y):
+    return jnp.sum(jnp.sin(y))
+
+
+def flat(v, x):
+    a, b, c = v[:16].reshape(4, 4), v[16:20], v[20:32].reshape(4, 3)
+    return total(jnp.sin(x @ a + b) @ c)
+
+
+def ravelled(v, x):
+    p = ravel_pytree(LAYERS)[1](v)
+    return total(jnp.sin(x @ p["a"] + p["b"]) @ p["c"])
+
+
+# A parameter of one shape, or several; its loss; how many forms each has.
+PARTS = {
+    "layers of a stack": (
+        (3, 4, 4),
+        lambda w, x: total(jnp.sin(jnp.sin(x @ w[0]) @ w[1]) @ w[0]),
+        2,
+    ),
+    "layers by a constant index": (
+        (3, 4, 4),
+        lambda w, x: total(x @ lax.dynamic_slice(w, (7, 0, 0), (1, 4, 4))[0]),
+        1,
+    ),
+    "unstacked": ((2, 4, 4), lambda w, x: sum(total(k * x @ p) for k, p in enumerate(w, 1)), 2),
+    "overlapping": ((4, 4), lambda w, x: total(x @ w[:, :3]) + total(x @ w[:, 1:]), 2),
+    "overlapping across": ((4, 4), lambda w, x: total(x[:, :3] @ w[:3]) + total(x @ w[:, 1:]), 2),
+    "cut from one vector": ((32,), flat, 3),
+    "ravelled": ((32,), ravelled, 3),
+    "split": ((4, 6), lambda w, x: sum(total(x @ p) for p in jnp.split(w, 3, axis=1)), 3),
+    "every other": ((4, 5), lambda w, x: total(x @ w[:, ::2]) + total(x @ w[:, 1::2]), 2),
+    "reversed": ((4, 4), lambda w, x: total(x @ w[::-1, ::2]) + total(x @ w), 2),
+    "a slice of a slice": ((9, 4), lambda w, x: total(x @ w[1:][::-1][::2]), 1),
+    "biases of a stack": ((3, 4), lambda w, x: total(x + w[0]) + total(x * w[2]), 2),
+    "reshaped outside the part": (
+        (3, 4, 4),
+        lambda w, x: total(x @ w.reshape(3, 16)[1].reshape(4, 4)),
+        1,
+    ),
+    "rows of a part of a table": (
+        (9, 2),
+        lambda w, x: total(w[1:8][(9 * x[:, 0]).astype(int)]),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_parameter_stay_apart(name):
+    shape, loss, forms = PARTS[name]
+    plan = assert_equals_oracle(loss, normal(0, *shape), X)
+    if forms is not None:
+        assert len(plan.rows[0].forms) == forms
+        assert all(f.startswith("Outer") for f in plan.rows[0].forms)
+
+
+JOINS = {
+    "columns": ([(4, 2), (4, 3)], lambda p, x: total(x @ jnp.concatenate(p, 1))),
+    "rows": ([(3, 2), (1, 2)], lambda p, x: total(x @ jnp.concatenate(p, 0))),
+    "stacked": (
+        [(4, 2), (4, 2)],
+        lambda p, x: total(jnp.einsum("tn,nkm->ktm", x, jnp.stack(p, 1))),
+    ),
+    "padded": ([(2, 2)], lambda p, x: total(x @ jnp.pad(p[0], ((1, 1), (0, 2))))),
+    "a part, cut": ([(3, 4), (3, 4)], lambda p, x: total(x @ jnp.concatenate(p)[1:5])),
+    "a pad, cut": ([(4, 4)], lambda p, x: total(x @ jnp.concatenate([p[0][1:], p[0][:1]]))),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_parameters_joined_into_one(name):
+    shapes, loss = JOINS[name]
+    plan = assert_equals_oracle(loss, [normal(i, *s) for i, s in enumerate(shapes)], X)
+    assert all(f.startswith("Outer") for row in plan.rows for f in row.forms)
+
+
+def test_tables_joined_into_one():
+    tables = [normal(0, 4, 2), normal(1, 3, 2)]
+    plan = assert_equals_oracle(lambda p, ids: total(jnp.concatenate(p)[ids]), tables, IDS)
+    assert all(row.forms == ("Gathered([2,5], [2,5,2])",) for row in plan.rows)
+
+
+ARITHMETIC = {
+    "merged LoRA": (
+        {"w": (4, 3), "a": (4, 2), "b": (2, 3)},
+        lambda p, x: total(x @ (p["w"] + 2 * p["a"] @ p["b"])),
+    ),
+    "difference": ({"a": (4, 3), "b": (4, 3)}, lambda p, x: total(x @ (p["a"] - p["b"]))),
+    "symmetric": ({"w": (4, 3)}, lambda p, x: total(p["w"] @ p["w"].T @ x[0])),
+    "product of more axes": (
+        {"a": (4, 3), "b": (3, 2, 5)},
+        lambda p, x: total(jnp.einsum("ta,ahk->htk", x, jnp.einsum("ar,rhk->ahk", p["a"], p["b"]))),
+    ),
+    "scaled": ({"w": (4, 3)}, lambda p, x: total(x @ (p["w"] * 2.0 / jnp.sqrt(3)))),
+    "scalar": ({"w": ()}, lambda p, x: total(x * p["w"])),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_of_parameters(name):
+    shapes, loss = ARITHMETIC[name]
+    assert_equals_oracle(loss, {n: normal(i, *s) for i, (n, s) in enumerate(shapes.items())}, X)
+
+
+STACKED = {
+    "masked": ((4, 3), lambda w, x: total(x @ (w * (jnp.arange(12.0).reshape(4, 3) % 2)))),
+    "normalised": ((4, 3), lambda w, x: total(x @ (w / jnp.linalg.norm(w)))),
+    "a pad inside": (
+        (2, 3),
+        lambda w, x: total(x[:, 1:] @ lax.pad(w, 0.0, [(0, 0, 1), (0, 0, 0)])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_what_has_no_factored_form_is_stacked_and_reported(name):
+    shape, loss = STACKED[name]
+    assert_equals_oracle(loss, normal(0, *shape), X, fallbacks=[""])

@@ -1,0 +1,124 @@
+"""All schedules give the same numbers; "auto" picks from shapes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from agreement import close, normal
+from test_gradients import batch, mlp, mlp_params
+
+from optaxclip.per_example import explain, reweighted_grad
+from optaxclip.per_example._reference import stacked_grads
+from optaxclip.per_example.costs import Costs
+
+METHODS = ["one_pass", "two_pass", "vmap", "auto"]
+every = pytest.mark.parametrize("method", METHODS)
+
+
+def clip(sq_norms):
+    return jnp.minimum(1.0, 33.0 / jnp.sqrt(sq_norms))
+
+
+def oracle(fun, weights, params, batch):
+    grads = stacked_grads(fun, params, batch)
+    squares = sum(jnp.sum(g * g, range(1, g.ndim)) for g in jax.tree.leaves(grads))
+    c = weights(squares)
+    return jax.tree.map(lambda g: jnp.tensordot(c, g, 1), grads), squares, c
+
+
+@every
+def test_methods_agree(method):
+    params, data = mlp_params(5, 8, 3), batch()
+    found = jax.jit(reweighted_grad(mlp, clip, method=method))(params, data)
+    grads, squares, c = oracle(mlp, clip, params, data)
+    assert 0 < jnp.sum(c < 1) < 6, "the test would pass without weights"
+    close(found.grads, grads, 1e-10)
+    close((found.sq_norms, found.weights), (squares, c), 1e-10)
+    close(found.values, jax.vmap(mlp, (None, 0))(params, data), 1e-10)
+    assert found.aux == ()
+
+
+def remat_loss(params, x):
+    block = jax.checkpoint(lambda w, x: jnp.sin(x @ w))
+    return jnp.sum(block(params["w"], block(params["w"], x)) * params["n"]) * params["scale"]
+
+
+@every
+def test_tied_rematerialised_weights_and_leaves_that_do_not_move(method):
+    params = {"w": normal(0, 4, 4), "n": jnp.arange(4), "scale": jnp.array(0.5)}
+    x = normal(1, 6, 4)
+    found = reweighted_grad(remat_loss, clip, method=method)(params, x)
+    assert found.grads.pop("n").tolist() == [0] * 4
+    n, moving = params.pop("n"), params
+    grads, squares, _ = oracle(lambda p, x: remat_loss({**p, "n": n}, x), clip, moving, x)
+    close((found.grads, found.sq_norms), (grads, squares), 1e-10)
+
+
+@every
+def test_options(method):
+    def fun(scale, key, x, w):
+        y = x * jax.random.normal(key, x.shape)
+        return jnp.sum((y @ w) ** 2) * scale, y
+
+    w, x, key = normal(0, 4, 3), normal(1, 6, 4), jax.random.key(0)
+    found = reweighted_grad(
+        fun, clip, (3,), batch_argnums=2, prng_argnum=1, has_aux=True, keep_batch_dim=True,
+        strict=True, method=method,
+    )(2.0, key, x, w)  # fmt: skip
+    keys = jax.random.split(key, 6)
+    one = lambda w, kx: fun(2.0, kx[0], kx[1][None], w)[0]  # noqa: E731
+    grads, squares, _ = oracle(one, clip, w, (keys, x))
+    close((found.grads, found.sq_norms), ((grads,), squares), 1e-10)
+    assert found.aux.shape == (6, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_gradient_flows_through_the_weights(method):
+    """As when a clipped gradient is itself differentiated, for instance by a hyperparameter."""
+
+    def total(scale):
+        loss = lambda w, x: jnp.sum(x @ w) * scale  # noqa: E731
+        normalise = lambda sq_norms: 1 / jnp.sqrt(sq_norms)  # noqa: E731
+        result = reweighted_grad(loss, normalise, method=method)(normal(0, 4), normal(1, 6, 4))
+        return jnp.sum(result.grads)
+
+    close(jax.grad(total)(1.0), total(1.0), 1e-10)
+
+
+def test_weights_are_checked():
+    fun = reweighted_grad(mlp, lambda sq_norms: 1.0)
+    with pytest.raises(ValueError, match=r"one number per example, got shape \(\) for .*\(6,\)"):
+        fun(mlp_params(5, 3), batch())
+
+
+def test_methods_are_checked():
+    with pytest.raises(ValueError, match=r"unknown method, got 'fast'. Use one of .*'two_pass'"):
+        reweighted_grad(mlp, clip, method="fast")
+
+
+def chosen(fun, params, data):
+    return explain(fun, params, data).costs.method
+
+
+def ones(shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_auto_takes_one_pass_for_an_mlp():
+    wide = [(ones((m, n)), ones((n,))) for m, n in ((784, 1024), (1024, 10))]
+    assert chosen(mlp, wide, (ones((256, 784)), ones((256, 10)))) == "one_pass"
+
+
+def test_auto_stacks_few_long_examples():
+    """The norm costs as many operations as the gradient itself."""
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    assert chosen(fun, ones((256, 256)), ones((4, 2048, 256))) == "vmap"
+    assert chosen(fun, ones((256, 256)), ones((128, 16, 256))) == "one_pass"
+
+
+@pytest.mark.parametrize(("stacked_bytes", "method"), [(10**8, "vmap"), (10**10, "one_pass")])
+def test_auto_stacks_where_that_holds_less(stacked_bytes, method):
+    costs = Costs(
+        parameter_bytes=10**6, factor_bytes=10**9, stacked_bytes=stacked_bytes,
+        residual_bytes=10**8, norm_flops=0,
+    )  # fmt: skip
+    assert costs.method == method
