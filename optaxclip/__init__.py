@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: composable, float32-safe, shard-aware Optax transformations."""
 
 from optaxclip._statistics import ClipStats as ClipStats
+from optaxclip._statistics import ExampleStats as ExampleStats
 from optaxclip._statistics import GroupStats as GroupStats
 from optaxclip.clipping import ClipState as ClipState
 from optaxclip.clipping import clip_by as clip_by
@@ -9,6 +10,7 @@ from optaxclip.guards import SkipNonfiniteState as SkipNonfiniteState
 from optaxclip.guards import raise_if_stuck as raise_if_stuck
 from optaxclip.guards import skip_nonfinite as skip_nonfinite
 from optaxclip.norms import Norm as Norm
+from optaxclip.per_example import clip_per_example as clip_per_example
 from optaxclip.per_example import explain as explain
 from optaxclip.per_example import per_example_grad as per_example_grad
 from optaxclip.per_example import per_example_norms as per_example_norms

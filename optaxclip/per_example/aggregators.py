@@ -1,0 +1,219 @@
+"""Per-example clipping inside `optax.chain`: from per-example gradients to one update."""
+
+import functools
+import math
+import numbers
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax.experimental import aggregating
+
+from optaxclip._leaves import LeafFn, path_name
+from optaxclip._statistics import (
+    check_same_groups,
+    empty_example_stats,
+    empty_stats,
+    record,
+    record_examples,
+)
+from optaxclip.clipping import ClipState
+from optaxclip.norms import Norm
+from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
+from optaxclip.per_example.safe_norms import root
+from optaxclip.per_example.trees import masked
+from optaxclip.responses import Response, as_response
+from optaxclip.thresholds import Context, as_threshold, non_negative
+
+Tree = Any
+
+
+def clip_per_example(
+    max_norm: Any,
+    *,
+    by: Literal["global", "leaf"] | Tree | LeafFn = "global",
+    response: str | Response = "rescale",
+    mean: Literal["batch", "sum"] | Any = "batch",
+    nan_safe: bool = True,
+    name: str | None = None,
+) -> aggregating.Aggregator:
+    """Clips the gradient of every example and averages: `1/B sum_b min(1, c / |g_b|) g_b`.
+
+    Put it first in `optax.chain`, and give `update` what `per_example_grad` or `vmap(grad)`
+    returns. No example moves the update further than c / B, whatever its label or its loss.
+
+    Args:
+      max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`; for several
+        groups also a tree prefix of these, or a dict by label.
+      by: what one norm is taken over. `"global"`: an example's whole gradient. `"leaf"`: each
+        leaf of it, so that with K leaves c / sqrt(K) bounds the whole by c. Labels, as in
+        `clip_by_group_norm`: the leaves of one label.
+      response: `"rescale"`; `"automatic"`, `c / (n + 0.01)`; `"psac"`,
+        `c / (n + r / (n + r))` with r = 0.1; `"normalize"`; `"drop"`, which leaves examples
+        beyond c out; or whatever else `clip_by` takes.
+      mean: what the sum is divided by. `"batch"`: B, dropped examples included; `"sum"`: 1; or a
+        number, such as the expected batch size under Poisson sampling.
+      nan_safe: whether an example with NaN or infinity is left out. Otherwise it makes the
+        update NaN, and nothing is masked.
+      name: how `clip_stats` calls this aggregator.
+
+    Returns:
+      An `optax.experimental.aggregating.Aggregator`: `init(params)` gives a `ClipState`,
+      `update(per_example_grads, state, params)` an update like `params`. `clip_stats` has the
+      worst example's norm and factor as for any clipper, and in `examples` the mean, median and
+      largest norm, the fraction clipped and the number of examples that were not finite.
+
+    Raises:
+      ValueError: unknown `by`, `response` or `mean`; a bound that is negative, NaN or of no
+        matching tree; gradients without examples, with different numbers of them, or not shaped
+        like params.
+
+    Guarantees:
+      Factored gradients and stacked ones, [B, *shape], give equal results. Factored gradients
+      are not stacked. With `nan_safe` a NaN example changes nothing but counters: nothing is
+      multiplied by zero, and a batch of NaN gives zeros.
+
+    Edge cases:
+      Norms come from sums of squares: in float32, an example with norm beyond 1e19 counts as not
+      finite, and one below 1e-19 as zero. Integer leaves have zero updates. Under `jit` the batch
+      may be sharded; inside `jax.shard_map` each device aggregates its own examples.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> optimizer = optax.chain(optaxclip.clip_per_example(1.0), optax.sgd(1.0))
+      >>> params = jnp.zeros(2)
+      >>> loss = lambda w, x: jnp.dot(w, x)
+      >>> batch = jnp.array([[30.0, 40.0], [0.6, 0.0], [jnp.nan, 0.0]])
+      >>> grads = optaxclip.per_example_grad(loss)(params, batch)
+      >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
+      >>> print((updates * 3).round(3))
+      [-1.2 -0.8]
+      >>> examples = optaxclip.clip_stats(state)["clip_per_example"].examples
+      >>> print(examples.max_norm, examples.clipped_fraction, examples.nonfinite_count)
+      50.0 0.5 1
+
+    Source: Abadi et al., arXiv 1607.00133; automatic: Bu et al. (AUTO-S), arXiv 2206.07136;
+    psac: Xia et al., arXiv 2212.00328.
+    """
+    measured = _norm(by)
+    limit = as_threshold(max_norm, "max_norm")
+    answer = as_response(response)
+    _check_mean(mean)
+    name = name or "clip_per_example"
+
+    def init_fn(params: Tree) -> ClipState:
+        layout = measured.layout(measured.leaves(params))
+        stats = empty_stats(measured, layout)._replace(examples=empty_example_stats())
+        return ClipState(name, stats, limit.init(measured, params))
+
+    def update_fn(
+        updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, ClipState]:
+        forms, like, size = _examples(updates, params)
+        leaves = measured.leaves(like)
+        layout = measured.layout(leaves)
+        check_same_groups(state.stats, layout)
+
+        moving = [forms[i] for i in leaves.positions]
+        squares = [_total([moving[i].sq_norm() for i in m], size) for m in layout.members]
+        norms = [root(x) for x in squares]
+        count = state.stats.count
+        context = Context(count, measured, layout, leaves, params, extra_args)
+        bundles = layout.bundle(norms)
+        bounds, threshold_state = limit.bound(bundles, state.threshold_state, context)
+        bounds = non_negative(bounds)
+        pairs = list(zip(norms, layout.by_slot(bounds), strict=True))
+
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
+        factors = [answer.factor(n, c) for n, c in pairs]
+        if nan_safe:
+            factors = [jnp.where(finite, f, 0.0) for f in factors]
+            moving = [masked(form, finite) for form in moving]
+        weights = [f / _divisor(mean, size) for f in factors]
+
+        sums = [zero_like(form, size).weighted_sum(jnp.zeros(size)) for form in forms]
+        for i, form, slot in zip(leaves.positions, moving, layout.slots, strict=True):
+            sums[i] = form.weighted_sum(weights[slot])
+
+        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
+            """What becomes of an example's norm."""
+            clipped = norm * answer.factor(norm, bound)
+            return jnp.where(jnp.isfinite(norm), clipped, 0.0) if nan_safe else clipped
+
+        largest = layout.bundle([jnp.max(n) for n in norms])
+        stats = record(state.stats, layout, largest, bounds, answer, clip_norm)
+        exceeded = functools.reduce(jnp.logical_or, [~(n <= c) for n, c in pairs])
+        stats = record_examples(stats, root(_total(squares, size)), finite, exceeded)
+        aggregated = jax.tree.unflatten(jax.tree.structure(like), sums)
+        return aggregated, ClipState(state.name, stats, threshold_state)
+
+    return aggregating.Aggregator(init_fn, update_fn)
+
+
+def _norm(by: Any) -> Norm:
+    if by == "global" or by == "leaf":
+        return Norm(by)
+    if isinstance(by, str):
+        raise ValueError(
+            f"unknown by, got {by!r}. Use 'global', 'leaf', or labels: a tree prefix of strings or"
+            " a function (path, leaf) -> label."
+        )
+    return Norm("group", labels=by)
+
+
+def _check_mean(mean: Any) -> None:
+    if isinstance(mean, jax.Array | np.ndarray) and mean.ndim == 0:
+        return
+    number = isinstance(mean, numbers.Real) and 0 < float(mean) < math.inf
+    if not number and mean not in ("batch", "sum"):
+        raise ValueError(
+            f"unknown mean, got {mean!r}. Use 'batch', 'sum', or a number > 0 to divide by."
+        )
+
+
+def _divisor(mean: Any, size: int) -> Any:
+    if isinstance(mean, str):
+        return size if mean == "batch" else 1
+    return mean
+
+
+def _total(parts: list[jax.Array], size: int) -> jax.Array:
+    """Their sum, [B]; of a group without leaves, zeros."""
+    return functools.reduce(jnp.add, parts) if parts else jnp.zeros(size, jnp.float32)
+
+
+def _examples(grads: Tree, params: Tree | None) -> tuple[list[Form], Tree, int]:
+    """The forms, a tree of their shapes, and the number of examples."""
+    with_paths, structure = jax.tree.flatten_with_path(grads, is_leaf=is_form)
+    names = [path_name(path) or "the root" for path, _ in with_paths]
+    stacks = [jax.tree.leaves(leaf)[0] for _, leaf in with_paths]
+    for name, leaf in zip(names, stacks, strict=True):
+        if not jnp.shape(leaf) or leaf.shape[0] == 0 or leaf.shape[0] != stacks[0].shape[0]:
+            raise ValueError(
+                "gradients must have one number of examples >= 1 on the first axis, got shape"
+                f" {jnp.shape(leaf)} at {name} and {jnp.shape(stacks[0])} at {names[0]}. Pass what"
+                " per_example_grad or vmap(grad) returns."
+            )
+    if not stacks:
+        raise ValueError("gradients must have at least one leaf, got none. Pass parameters.")
+    forms: list[Form] = [x if is_form(x) else Dense(x) for _, x in with_paths]
+    shapes = [jax.ShapeDtypeStruct(form.shape, form.dtype) for form in forms]
+    if params is not None:
+        _check_like_params(names, shapes, params)
+    return forms, jax.tree.unflatten(structure, shapes), stacks[0].shape[0]
+
+
+def _check_like_params(names: list[str], shapes: list[Any], params: Tree) -> None:
+    expected = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    if len(expected) != len(shapes):
+        raise ValueError(
+            f"gradients and params must have the same leaves, got {len(shapes)} and"
+            f" {len(expected)}. Pass the parameters the gradient was taken for."
+        )
+    for name, x, shape in zip(names, shapes, expected, strict=True):
+        if x.shape != shape:
+            raise ValueError(
+                f"one example's gradient must be shaped like its parameter, got {x.shape} at"
+                f" {name}, which is {shape}. Pass per-example gradients, [B, *shape] or factored."
+            )
