@@ -1,13 +1,18 @@
 """Guards: drop a whole step atomically, leaving parameters and optimizer state as they were."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
+from optaxclip.history import Percentile, WindowMoments
+from optaxclip.learning import Learned, check_count
 from optaxclip.norms import AxisName, Norm
+from optaxclip.thresholds import Context, Given, Threshold, check_bound
+
+OutlierRule = Literal["fixed", "window", "quantile"]
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -81,19 +86,185 @@ def skip_nonfinite(
     ) -> tuple[Tree, SkipNonfiniteState]:
         # A norm is finite exactly when every element is. XLA shares it with a clipper inside.
         leaves = norm.leaves(updates)
-        finite = jnp.isfinite(norm.measure(leaves, norm.layout(leaves))[0])
+        finite = jnp.isfinite(norm.measure(leaves, norm.layout(leaves))[0][0])
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         nothing = jax.tree.map(jnp.zeros_like, new_updates)
         new_updates = _select(finite, new_updates, nothing)
         new_inner = _select(finite, new_inner, state.inner_state)
-        consecutive = jnp.where(finite, 0, optax.safe_increment(state.consecutive_count))
-        stuck = state.stuck
-        if max_consecutive is not None:
-            stuck = stuck | (consecutive >= max_consecutive)
-        skipped = jnp.where(finite, state.skipped_count, optax.safe_increment(state.skipped_count))
-        return new_updates, SkipNonfiniteState(skipped, consecutive, stuck, new_inner)
+        counters = _count(finite, state, max_consecutive)
+        return new_updates, SkipNonfiniteState(*counters, new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class SkipOutliersState(NamedTuple):
+    """State of `skip_outliers`: its counters, the wrapped optimizer's state, what it measured."""
+
+    skipped_count: jax.Array
+    """Steps skipped, int32."""
+    consecutive_count: jax.Array
+    """Steps skipped in a row up to now, int32."""
+    stuck: jax.Array
+    """Whether `max_consecutive` was ever reached, bool; see `raise_if_stuck`."""
+    inner_state: Tree
+    seen_count: jax.Array
+    """Steps seen, skipped ones too, int32."""
+    norm: jax.Array
+    """The last gradient's norm, float32."""
+    threshold: jax.Array
+    """What it was held to, float32; inf while nothing is known."""
+    threshold_state: Tree
+
+
+def skip_outliers(
+    inner: optax.GradientTransformation,
+    *,
+    rule: OutlierRule = "window",
+    max_norm: Any = None,
+    num_stds: Any = 6.0,
+    quantile: Any = 0.99,
+    factor: Any = 2.0,
+    window: int = 128,
+    relearn_after: int | None = 64,
+    max_consecutive: int | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips every step whose gradient is far longer than usual, whole.
+
+    A step happens if n <= c, with n the global norm and c, by `rule`: `"fixed"` max_norm;
+    `"window"` `mean + k std` of the last norms that were no outliers; `"quantile"` `factor`
+    times their q-th quantile. Otherwise updates are zeros and the state of `inner` (moments,
+    schedules, clipping statistics) stays exactly as it was.
+
+    Args:
+      inner: the optimizer to guard; put the guard outermost.
+      rule: where c comes from.
+      max_norm: c >= 0 for `"fixed"`: a number, a traced scalar or a schedule of the steps seen.
+      num_stds: k >= 0 for `"window"`.
+      quantile: q in [0, 1] for `"quantile"`.
+      factor: >= 1, for `"quantile"`: without it every (1 - q)-th step would be skipped.
+      window: how many past norms count; the first half are a warm-up. Static.
+      relearn_after: >= window // 2: after so many skipped steps in a row the norm has changed
+        for good and c is learned anew from the last `window // 2` norms. None: never. Static.
+      max_consecutive: after this many skipped steps in a row `stuck` is set, for
+        `raise_if_stuck` in the host loop. None: never.
+      axis_name: mesh axes to decide over, as in `Norm`. Devices decide alike.
+
+    Returns:
+      A gradient transformation with a `SkipOutliersState`.
+
+    Raises:
+      ValueError: an argument out of its range; unknown rule; `max_norm` missing or in excess.
+
+    Guarantees:
+      Nothing is multiplied by zero, so nothing of a skipped step survives. A gradient with a
+      NaN or an infinity is skipped, whatever the rule. In the warm-up c is twice the median
+      norm so far (with `relearn_after`; else infinite). An outlier is never learned from.
+
+    Edge cases:
+      The first finite gradient always passes, unless the rule is `"fixed"`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optaxclip.skip_outliers(optax.sgd(1.0))
+      >>> params = {"w": jnp.ones(1)}
+      >>> state = tx.init(params)
+      >>> for norm in [1.0, 1.1, 0.9, 50.0]:
+      ...     updates, state = tx.update({"w": jnp.array([norm])}, state, params)
+      >>> print(updates["w"], state.skipped_count)
+      [0.] 1
+
+    Source: the window of 128 and 6 std is that of OLMo's and Levanter's skip-step optimizers,
+    which look at the loss too and learn from outliers.
+    """
+    threshold = _outlier_threshold(
+        rule, max_norm, num_stds, quantile, factor, window, relearn_after
+    )
+    if max_consecutive is not None:
+        check_count(max_consecutive, "max_consecutive")
+    inner = optax.with_extra_args_support(inner)
+    norm = Norm(axis_name=axis_name)
+
+    def init_fn(params: Tree) -> SkipOutliersState:
+        zero = jnp.zeros((), jnp.float32)
+        count = jnp.zeros((), jnp.int32)
+        return SkipOutliersState(
+            count,
+            count + 0,
+            jnp.zeros((), bool),
+            inner.init(params),
+            count + 0,
+            zero,
+            zero + 0,
+            threshold.init(norm, params),
+        )
+
+    def update_fn(
+        updates: Tree, state: SkipOutliersState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, SkipOutliersState]:
+        leaves = norm.leaves(updates)
+        layout = norm.layout(leaves)
+        norms = norm.measure(leaves, layout)
+        context = Context(state.seen_count, norm, layout, leaves, params, extra_args)
+        bounds, threshold_state = threshold.bound(norms, state.threshold_state, context)
+        (n,), (c,) = layout.vector(norms), (jnp.min(jnp.asarray(bound)) for bound in bounds)
+        usual = jnp.isfinite(n) & (n <= c)
+        new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
+        new_updates = _select(usual, new_updates, jax.tree.map(jnp.zeros_like, new_updates))
+        return new_updates, SkipOutliersState(
+            *_count(usual, state, max_consecutive),
+            _select(usual, new_inner, state.inner_state),
+            optax.safe_increment(state.seen_count),
+            n,
+            c.astype(jnp.float32),
+            threshold_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _outlier_threshold(
+    rule: OutlierRule,
+    max_norm: Any,
+    num_stds: Any,
+    quantile: Any,
+    factor: Any,
+    window: int,
+    relearn_after: int | None,
+) -> Threshold:
+    if rule not in get_args(OutlierRule):
+        raise ValueError(f"unknown rule, got {rule!r}. Use one of {get_args(OutlierRule)}.")
+    if (max_norm is None) == (rule == "fixed"):
+        raise ValueError(
+            f"max_norm goes with rule='fixed', got {max_norm!r} for rule={rule!r}. Pass both or"
+            " neither."
+        )
+    if rule == "fixed":
+        return Given(max_norm, "max_norm")
+    check_bound(num_stds, "num_stds", schedule=False)
+    check_bound(quantile, "quantile", schedule=False)
+    check_bound(factor, "factor", schedule=False)
+    check_count(window, "window")
+    robust = relearn_after is not None
+    if rule == "window":
+        memory: Any = WindowMoments(num_stds, window, robust)
+    else:
+        memory = Percentile(100 * quantile, window, True, factor)
+    return Learned(memory, max(window // 2, 1), relearn_after, outliers_count=False)
+
+
+def _count(
+    happened: jax.Array,
+    state: SkipNonfiniteState | SkipOutliersState,
+    max_consecutive: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The counters after a step that happened or was skipped."""
+    consecutive = jnp.where(happened, 0, optax.safe_increment(state.consecutive_count))
+    stuck = state.stuck
+    if max_consecutive is not None:
+        stuck = stuck | (consecutive >= max_consecutive)
+    skipped = jnp.where(happened, state.skipped_count, optax.safe_increment(state.skipped_count))
+    return skipped, consecutive, stuck
 
 
 def _select(pick_new: jax.Array, new: Tree, old: Tree) -> Tree:
@@ -110,7 +281,7 @@ def raise_if_stuck(opt_state: Tree) -> None:
     without `max_consecutive` never raises.
 
     Args:
-      opt_state: the state of an optimizer with `skip_nonfinite` anywhere inside.
+      opt_state: the state of an optimizer with a guard anywhere inside.
 
     Raises:
       FloatingPointError: with the number of steps skipped.
@@ -125,15 +296,16 @@ def raise_if_stuck(opt_state: Tree) -> None:
       ...
       FloatingPointError: the gradient is not finite, got 1 steps skipped, 1 of them in a ...
     """
-    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SkipNonfiniteState))
-    for state in states:
-        if isinstance(state, SkipNonfiniteState):
+    guards = (SkipNonfiniteState, SkipOutliersState)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, guards)):
+        if isinstance(state, guards):
             raise_if_stuck(state.inner_state)
             # Flax NNX wraps each array of a state in a variable, a node with one leaf.
             skipped, consecutive, stuck = (jax.tree.leaves(x)[0] for x in state[:3])
             if bool(stuck):
+                what = "not finite" if isinstance(state, SkipNonfiniteState) else "an outlier"
                 raise FloatingPointError(
-                    f"the gradient is not finite, got {int(skipped)} steps skipped,"
+                    f"the gradient is {what}, got {int(skipped)} steps skipped,"
                     f" {int(consecutive)} of them in a row. Look at the loss and the"
                     " data of these steps, lower the learning rate, or resume from a checkpoint."
                 )

@@ -1,5 +1,7 @@
 """Every clipper in one table, and the tree they are all tried on."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,10 @@ def _drop(max_norm):
 
 def _guarded(max_norm):
     return optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(max_norm))
+
+
+def _skipping(max_norm):
+    return optaxclip.skip_outliers(optaxclip.clip_by_global_norm(max_norm))
 
 
 # name: (factory, bound, the other arguments)
@@ -70,8 +76,25 @@ CLIPPERS = {
         0.1,
         {"elementwise": True, "shape": "tanh", "stats": False},
     ),
+    "autoclip": (optaxclip.autoclip, 10.0, {"window": 8}),
+    "zclip": (optaxclip.zclip, 2.5, {"max_norm": 0.5}),
+    "zclip-published-units": (
+        optaxclip.zclip,
+        2.5,
+        {
+            "by": "unit",
+            "max_norm": INF,
+            "mode": "mean",
+            "warmup": 1,
+            "relearn_after": None,
+        },
+    ),
+    "adagc": (optaxclip.adagc, 1.05, {"max_norm": 1e3, "warmup": 2, "relearn_after": 2}),
+    "history": (optaxclip.clip_by_history, 3.0, {"window": 4, "relearn_after": 2}),
+    "quantile": (optaxclip.clip_by_quantile, 0.95, {"init": 0.5}),
     "drop": (_drop, 0.5, {}),
     "skip-nonfinite": (_guarded, 0.5, {}),
+    "skip-outliers": (_skipping, 0.5, {}),
 }
 # One row for each way of measuring and responding.
 ONE_EACH = [
@@ -87,7 +110,32 @@ ONE_EACH = [
     "soft-elements",
     "skip-nonfinite",
 ]
-STATIC = ("labels", "unit_axes", "exclude", "ord")
+STATIC = ("labels", "unit_axes", "exclude", "ord", "window", "warmup", "relearn_after")
+# Clippers whose bound follows the norms, with their defaults; for `check_clipper`.
+ADAPTIVE = {
+    "autoclip": lambda: optaxclip.autoclip(),
+    "autoclip-95": lambda: optaxclip.autoclip(95.0),
+    "zclip": lambda: optaxclip.zclip(),
+    "zclip-mean": lambda: optaxclip.zclip(mode="mean"),
+    "zclip-percentile": lambda: optaxclip.zclip(mode="percentile"),
+    "zclip-leaf": lambda: optaxclip.zclip(by="leaf"),
+    "adagc": lambda: optaxclip.adagc(),
+    "history": lambda: optaxclip.clip_by_history(),
+    "quantile": lambda: optaxclip.clip_by_quantile(),
+    "skip-window": lambda: optaxclip.skip_outliers(optax.identity()),
+    "skip-quantile": lambda: optaxclip.skip_outliers(optax.identity(), rule="quantile"),
+}
+# Of CLIPPERS, those that have no bound on their first step, for want of history.
+UNBOUNDED_AT_FIRST = ("autoclip", "zclip-published-units", "adagc", "history")
+
+
+def is_adaptive(name):
+    return CLIPPERS[name][0].__module__ == "optaxclip.adaptive"
+
+
+def static_arguments(name):
+    """What `optax.inject_hyperparams` must leave alone."""
+    return [k for k in STATIC if k in inspect.signature(CLIPPERS[name][0]).parameters]
 
 
 def make(name):

@@ -12,14 +12,14 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 CODE = [body for language, body in BLOCKS if language == "python"]
 
 
-def test_blocks_run_and_the_first_prints_its_output():
+def test_blocks_run_and_print_what_is_shown():
     namespace = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         for block in CODE:
             exec(compile(block, "README.md", "exec"), namespace)
     shown = [body for language, body in BLOCKS if language == "" and "pip install" not in body]
-    assert printed.getvalue() == shown[0]
+    assert printed.getvalue() == "".join(shown)
 
 
 def test_first_block_is_short():

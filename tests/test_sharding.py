@@ -101,6 +101,8 @@ CLIPPERS = {
     "value": lambda **k: optaxclip.clip_by_value(0.5, **k),
     "normalize": lambda **k: optaxclip.normalize(1.0, **k),
     "soft": lambda **k: optaxclip.soft_clip(1.0, **k),
+    "zclip": lambda **k: optaxclip.zclip(by="leaf", **k),
+    "adagc": lambda **k: optaxclip.adagc(warmup=1, relearn_after=1, **k),
     "guarded": lambda **k: optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0, **k), **k),
 }
 

@@ -1,0 +1,147 @@
+"""What each clipper does over time: driven with synthetic norms through its public `update`.
+
+    python benchmarks/behaviour.py                 # about a minute on 2 cores; prints markdown
+    python benchmarks/behaviour.py --json out/behaviour.json --plot docs/behaviour.png
+
+The streams and what is measured are those of `optaxclip.testing`: log-normal norms of level 0.1
+and sigma 0.1, with a spike, a lasting shift, a ramp, a spike in the warm-up, a NaN, a leaf
+without gradient. Fixed bounds are at 1.2 levels. "Published" is `relearn_after=None`.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+import optaxclip
+from optaxclip.testing import EVENT, Behaviour, multipliers, norm_streams, summarize
+
+LEVEL = 0.1
+BOUND = 1.2 * LEVEL
+FIXED: dict[str, Callable[[], Any]] = {
+    "clip_by_value": lambda: optaxclip.clip_by_value(0.8 * BOUND),
+    "clip_by_global_norm": lambda: optaxclip.clip_by_global_norm(BOUND),
+    "clip_by_leaf_norm": lambda: optaxclip.clip_by_leaf_norm(BOUND),
+    "clip_by_leaf_rms": lambda: optaxclip.clip_by_leaf_rms(BOUND / 2**0.5),
+    "clip_by_unit_norm": lambda: optaxclip.clip_by_unit_norm(BOUND),
+    "clip_by_group_norm": lambda: optaxclip.clip_by_group_norm(BOUND, "all"),
+    "agc": lambda: optaxclip.agc(0.01),
+    "soft_clip": lambda: optaxclip.soft_clip(BOUND),
+    "normalize": lambda: optaxclip.normalize(LEVEL),
+    "skip_nonfinite": lambda: optaxclip.skip_nonfinite(optax.identity()),
+    'skip_outliers, "fixed"': lambda: optaxclip.skip_outliers(
+        optax.identity(), rule="fixed", max_norm=2 * LEVEL
+    ),
+}
+ADAPTIVE: dict[str, Callable[..., Any]] = {
+    "autoclip": optaxclip.autoclip,
+    "autoclip(95)": lambda **k: optaxclip.autoclip(95.0, **k),
+    "zclip": optaxclip.zclip,
+    'zclip, "mean"': lambda **k: optaxclip.zclip(mode="mean", **k),
+    'zclip, "percentile"': lambda **k: optaxclip.zclip(mode="percentile", **k),
+    "adagc": optaxclip.adagc,
+    "clip_by_history": optaxclip.clip_by_history,
+    "clip_by_quantile": optaxclip.clip_by_quantile,
+    "skip_outliers": lambda **k: optaxclip.skip_outliers(optax.identity(), **k),
+    'skip_outliers, "quantile"': lambda **k: optaxclip.skip_outliers(
+        optax.identity(), rule="quantile", **k
+    ),
+}
+PLOTTED = ("autoclip", "zclip", "adagc", "clip_by_history", "clip_by_quantile", "skip_outliers")
+COLUMNS = {
+    "early spike 5": "x1000 on step 5, x20 on step 300",
+    "shift 3": "x3 for good",
+    "ramp": "x10 over 300 steps",
+}
+
+
+def main() -> None:
+    """Drives every clipper and prints the table."""
+    args = _arguments()
+    makers = dict(FIXED)
+    for name, make in ADAPTIVE.items():
+        makers[name] = make
+        makers[_published(name)] = lambda make=make: make(relearn_after=None)
+    streams = norm_streams(LEVEL)
+    stacked = np.stack([*streams.values()])
+    factors, rows = {}, {}
+    print(
+        "| clipper | steady: clipped | a 20x spike passes as | after one in the warm-up"
+        " | recovery x1.5 | x3 | least on the ramp | NaN forgotten | waking leaf | constant |"
+    )
+    print(f"| --- |{' ---: |' * 9}", flush=True)
+    for name, make in makers.items():
+        found = multipliers(make(), stacked, LEVEL)
+        factors[name] = dict(zip(streams, found, strict=True))
+        rows[name] = summarize(streams, factors[name], LEVEL)
+        print(_markdown(name, rows[name]), flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        table = {name: dataclasses.asdict(row) for name, row in rows.items()}
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot(factors, args.plot)
+
+
+def plot(factors: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """One row of panels a clipper, one column a stream; the published rule behind."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(PLOTTED), len(COLUMNS), figsize=(10, 9), sharex=True, sharey=True, layout="constrained"
+    )
+    for row, name in zip(axes, PLOTTED, strict=True):
+        for axis, (stream, title) in zip(row, COLUMNS.items(), strict=True):
+            for key, style in (
+                (_published(name), {"color": "#c08457", "label": "as published"}),
+                (name, {"color": "#1f4e79", "label": "here"}),
+            ):
+                axis.plot(_smooth(factors[key][stream][:, 0]), linewidth=1.5, **style)
+            axis.axvline(EVENT, color="0.8", linewidth=0.8, zorder=0)
+            axis.set_ylim(-0.05, 1.1)
+            axis.spines[["top", "right"]].set_visible(False)
+            if axis in axes[0]:
+                axis.set_title(title, fontsize=10)
+        row[0].set_ylabel(name, fontsize=9)
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="lower left")
+    figure.supxlabel("step", fontsize=10)
+    figure.suptitle("What the gradient is multiplied by (mean of 10 steps)", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _smooth(factors: np.ndarray) -> np.ndarray:
+    return np.convolve(np.pad(factors, (9, 0), mode="edge"), np.ones(10) / 10, "valid")
+
+
+def _published(name: str) -> str:
+    return f"{name}, published"
+
+
+def _markdown(name: str, row: Behaviour) -> str:
+    cells = [
+        f"{row.clip_rate:.2f}",
+        *(f"{x:.2f}" for x in (row.spike, row.spike_after_early)),
+        *("never" if x is None else str(x) for x in (row.recovery_1_5, row.recovery_3)),
+        f"{row.ramp:.2f}",
+        "yes" if row.nan_immune else "no",
+        *(f"{x:.2f}" for x in (row.waking_leaf, row.constant)),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--plot", type=Path, help="also draw the multipliers here (PNG)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The named clippers whose bound is learned from past norms: a few lines each over `clip_by`.
+
+They share one set of safeguards (`learning.Learned`), steered by `relearn_after`:
+
+* Norms that are zero, NaN or infinite are never learned from.
+* In the warm-up a norm is bounded by twice the median of those before it, and each norm counts
+  for at most twice the median: one spike spoils nothing.
+* Later a norm counts for at most twice its bound.
+* After `relearn_after` steps in a row beyond the bound the level has changed for good: the rule
+  starts anew from the latest norms.
+
+`relearn_after=None` turns them off and leaves the published rule, except that norms which are
+zero, NaN or infinite are still not learned from. All take `by=` (`"global"`, `"leaf"`, `"unit"`,
+`"element"`: the largest element of each leaf; or a `Norm`), `nonfinite=`, `axis_name=` and
+`name=`, as `clip_by` and `Norm` do. The bound is a constant to differentiation. State is kept in
+float32.
+"""
+
+import numbers
+from typing import Any, Literal, TypeAlias, get_args
+
+import optax
+
+from optaxclip.clipping import NonFinite, clip_by
+from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
+from optaxclip.learning import AtMost, Learned, check_count
+from optaxclip.norms import AxisName, By, Norm
+from optaxclip.thresholds import check_bound
+
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
+Mode = Literal["zscore", "mean", "percentile"]
+
+
+def autoclip(
+    percentile: Any = 10.0,
+    *,
+    window: int = 1024,
+    relearn_after: int | None = 150,
+    by: By | Norm = "global",
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Clips to a percentile of the past norms: `g * min(1, c / n)`, c the p-th percentile.
+
+    Args:
+      percentile: p from 0 to 100. The paper's 10 clips nine steps in ten: it is normalised
+        descent with a learned length. 95 protects from spikes and leaves the rest alone.
+      window: how many past norms count, >= 1; 8 bytes of state each. Static.
+      relearn_after: steps in a row beyond the bound after which the window is emptied but for
+        the last 25 norms. With p = 10 a steady run of 150 happens once in 10^7 steps; with
+        p = 95, 25 is as safe. None: the paper's rule. Static.
+      by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: percentile outside [0, 100], window < 1, relearn_after < 25.
+
+    Guarantees:
+      After a lasting change of level the bound is at the new level within `relearn_after`
+      steps. A spike passes as about the bound, and so does the next one. NaN, infinite and
+      zero gradients leave later steps as they would have been without them.
+
+    Edge cases:
+      The first step is unbounded: nothing is known.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.autoclip(95.0)
+      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> for norm in [1.0, 1.2, 0.9, 50.0]:
+      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      >>> print(updates["w"])
+      [2.]
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux (AutoClip), arXiv 2007.14469, algorithm 1. It
+    keeps all norms, the present one among them. Here a window of them; the present one only
+    with `relearn_after=None`; and the safeguards above, with a warm-up of 25 norms.
+    """
+    _check_between(percentile, "percentile", 0, 100)
+    check_count(window, "window")
+    robust = relearn_after is not None
+    rule = Percentile(percentile, window, robust)
+    threshold = Learned(rule, 25 if robust else 1, relearn_after)
+    return _clip(by, threshold, nonfinite, axis_name, name or "autoclip")
+
+
+def zclip(
+    z_threshold: Any = 2.5,
+    *,
+    decay: Any = 0.97,
+    mode: Mode = "zscore",
+    max_norm: Any = 1.0,
+    warmup: int = 25,
+    relearn_after: int | None = 25,
+    by: By | Norm = "global",
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Clips norms that stand out from their moving average: `z = (n - mu) / sigma > k`.
+
+    With mu and sigma the moving average and standard deviation of the norms, a norm with
+    z > k is bounded by `mu + sigma k^2 / z` (`"zscore"`: the further out, the shorter), by mu
+    (`"mean"`), or by `mu + k sigma` (`"percentile"`). Every norm is bounded by `max_norm` too.
+
+    Args:
+      z_threshold: k >= 0.
+      decay: of the moving averages, in [0, 1).
+      mode: what an outlier becomes, as above.
+      max_norm: the bound that always holds, >= 0; `float("inf")` for none. A number, a traced
+        scalar or a schedule.
+      warmup: how many norms the averages start from. Static.
+      relearn_after: >= warmup: steps in a row beyond the bound (that of z, not `max_norm`)
+        after which the averages start anew from the last `warmup` norms. None: the paper's
+        rule, which never recovers from a lasting rise by half. Static.
+      by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: an argument out of its range; unknown mode.
+
+    Guarantees:
+      After a lasting change of level the bound is at the new level within `relearn_after`
+      steps. A spike passes as about mu, and so does the next one. NaN, infinite and zero
+      gradients leave later steps as they would have been without them.
+
+    Edge cases:
+      The first step is bounded by `max_norm` alone. Norms that do not vary have sigma 1 % of
+      mu (1e-6 with `relearn_after=None`).
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.zclip(warmup=4)
+      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> for norm in [0.1, 0.12, 0.09, 0.11, 5.0]:
+      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      >>> print(updates["w"].round(3))
+      [0.105]
+
+    Source: Kumar et al. (ZClip), arXiv 2504.02507, equations 4 to 8; `"mean"` and
+    `"percentile"` are in the authors' code. Different here: the safeguards above, and the
+    relative floor of sigma.
+    """
+    check_bound(z_threshold, "z_threshold", schedule=False)
+    check_bound(max_norm, "max_norm")
+    _check_between(decay, "decay", 0, 1, last=False)
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
+    rule = ZScore(z_threshold, decay, mode, relearn_after is not None)
+    threshold = AtMost(Learned(rule, warmup, relearn_after), max_norm)
+    return _clip(by, threshold, nonfinite, axis_name, name or "zclip")
+
+
+def adagc(
+    ratio: Any = 1.05,
+    *,
+    decay: Any = 0.98,
+    max_norm: Any = 1.0,
+    warmup: int = 100,
+    relearn_after: int | None = 100,
+    by: By | Norm = "leaf",
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Clips each leaf to a multiple of the moving average of its clipped norm.
+
+    In the warm-up all leaves together are clipped to `max_norm`. Then, leaf by leaf,
+    `c = ratio * gamma` and `gamma = decay * gamma + (1 - decay) * min(n, c)`.
+
+    Args:
+      ratio: >= 0; 1.05 clips about four steps in ten at 10 % noise.
+      decay: of the moving average, in [0, 1).
+      max_norm: the bound on all leaves together in the warm-up, >= 0; a number or an array.
+      warmup: how many norms gamma starts from. Static.
+      relearn_after: >= warmup: steps in a row beyond the bound after which gamma starts anew
+        from the last `warmup` norms. None: the paper's rule, by which the bound grows 0.1 % a
+        step. Static.
+      by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Guarantees:
+      After a lasting change of a leaf's level its bound is at the new level within
+      `relearn_after` steps. A spike passes as at most `ratio * gamma`. NaN, infinite and zero
+      gradients of a leaf leave its later steps as they would have been without them.
+
+    Edge cases:
+      A leaf whose gradient is zero at first has its warm-up when it wakes.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.adagc(warmup=3)
+      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> for norm in [0.1, 0.12, 0.08, 5.0]:
+      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      >>> print(updates["w"].round(3))
+      [0.105]
+
+    Source: Wang et al. (AdaGC), arXiv 2502.11034, algorithm 1. Different here: the safeguards
+    above, and gamma starts from the mean of the warm-up; the paper's smallest norm (here with
+    `relearn_after=None`) clips nearly every step after it.
+    """
+    check_bound(ratio, "ratio", schedule=False)
+    check_bound(max_norm, "max_norm", schedule=False)
+    _check_between(decay, "decay", 0, 1, last=False)
+    rule = Ratio(ratio, decay, max_norm, relearn_after is not None)
+    threshold = Learned(rule, warmup, relearn_after)
+    return _clip(by, threshold, nonfinite, axis_name, name or "adagc")
+
+
+def clip_by_history(
+    num_stds: Any = 3.0,
+    *,
+    window: int = 128,
+    relearn_after: int | None = 64,
+    by: By | Norm = "global",
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Clips to `mean + k max(std, floor)` of the last norms, taken before they are clipped.
+
+    Args:
+      num_stds: k >= 0.
+      window: how many past norms count, >= 2; the warm-up is the first half. Static.
+      relearn_after: >= window // 2: steps in a row beyond the bound after which the window is
+        emptied but for the last `window // 2` norms. None: the published rule. Static.
+      by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Guarantees:
+      After a lasting change of level the bound is at the new level within `relearn_after`
+      steps, and with the default k within ten. NaN, infinite and zero gradients leave later
+      steps as they would have been without them.
+
+    Edge cases:
+      The first step is unbounded. Norms that do not vary have a std of 1 % of their mean (1e-6
+      with `relearn_after=None`).
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_by_history(window=8)
+      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> for norm in [1.0, 1.2, 0.8, 1.0, 50.0]:
+      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      >>> print(updates["w"].round(3))
+      [1.424]
+
+    Source: Levanter, `optim/clip_update_norm.py`, for updates (chain it after
+    `scale_by_adam` to do as there). Different here: the safeguards above, and the floor.
+    """
+    check_bound(num_stds, "num_stds", schedule=False)
+    check_count(window, "window")
+    rule = WindowMoments(num_stds, window, relearn_after is not None)
+    threshold = Learned(rule, max(window // 2, 1), relearn_after)
+    return _clip(by, threshold, nonfinite, axis_name, name or "clip_by_history")
+
+
+def clip_by_quantile(
+    quantile: Any = 0.95,
+    *,
+    step_size: Any = 0.05,
+    init: Any = None,
+    relearn_after: int | None = 25,
+    by: By | Norm = "global",
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Clips to a bound that finds a quantile by itself: `C exp(-eta (1[n <= C] - q))`.
+
+    Args:
+      quantile: q in (0, 1): the share of steps to leave alone.
+      step_size: eta > 0. A larger one follows the level sooner and wavers more.
+      init: the first C, > 0. None: the quantile of a warm-up of 25 norms.
+      relearn_after: >= 25: steps in a row beyond the bound after which C is the quantile of
+        the last 25 norms. None: the published rule. Static.
+      by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Guarantees:
+      The state, besides 25 norms, is one number. After a lasting change of level the bound is
+      at the new level within `relearn_after` steps. NaN, infinite and zero gradients leave
+      later steps as they would have been without them.
+
+    Edge cases:
+      Without `init` the first step is unbounded.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_by_quantile(0.5, step_size=0.2, init=1.0)
+      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> for norm in [3.0, 3.0]:
+      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      >>> print(updates["w"].round(3))
+      [1.105]
+
+    Source: Andrew, Thakkar, McMahan, Ramaswamy, arXiv 1905.03871, equation 2, there for the
+    norms of users in one round, here for one norm a step.
+    """
+    _check_between(quantile, "quantile", 0, 1)
+    check_bound(step_size, "step_size", schedule=False)
+    if init is not None:
+        check_bound(init, "init", schedule=False)
+    rule = Quantile(quantile, step_size, init)
+    threshold = Learned(rule, 25, relearn_after, ready=init is not None)
+    return _clip(by, threshold, nonfinite, axis_name, name or "clip_by_quantile")
+
+
+def _clip(
+    by: By | Norm, threshold: Any, nonfinite: NonFinite, axis_name: AxisName, name: str
+) -> Transform:
+    norm = by if isinstance(by, Norm) else Norm(by, axis_name=axis_name)
+    return clip_by(norm, threshold, nonfinite=nonfinite, name=name)
+
+
+def _check_between(
+    value: Any, argument: str, low: float, high: float, *, last: bool = True
+) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return check_bound(value, argument, schedule=False)
+    if not low <= float(value) <= high or (value == high and not last):
+        raise ValueError(
+            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
+            f" Pass for example {(low + 9 * high) / 10:g}."
+        )
+    return None

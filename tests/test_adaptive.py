@@ -1,0 +1,186 @@
+"""With `relearn_after=None` the published rules, from their formulas in float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+from optaxclip.testing import multipliers
+
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def norms():
+    """Noise, a spike, and a shift that stays: [steps, 2 leaves]."""
+    rng = np.random.default_rng(3)
+    n = 0.1 * np.exp(0.3 * rng.standard_normal((60, 2)))
+    n[25] *= 20
+    n[40:] *= 1.5
+    return np.float32(n).astype(np.float64)
+
+
+def clipped(norms, bounds):
+    return np.minimum(1, bounds / norms)
+
+
+def same(tx, norms, expected):
+    np.testing.assert_allclose(multipliers(tx, norms), expected, rtol=2e-6)
+
+
+def by_leaf(rule, norms, *args):
+    return np.stack([rule(n, *args) for n in norms.T], 1)
+
+
+def autoclip(n, p, window):
+    return [np.percentile(n[max(0, t + 1 - window) : t + 1], p) for t in range(len(n))]
+
+
+@pytest.mark.parametrize("percentile", [0, 10, 50, 97, 100])
+def test_autoclip(norms, percentile):
+    tx = optaxclip.autoclip(percentile, window=16, relearn_after=None, by="leaf")
+    same(tx, norms, clipped(norms, by_leaf(autoclip, norms, percentile, 16)))
+
+
+def zclip(n, k, decay, mode, warmup):
+    mean, var, bounds = n[:warmup].mean(), n[:warmup].var(), [INF] * warmup
+    for x in n[warmup:]:
+        std = var**0.5
+        z = (x - mean) / (std + 1e-6)
+        bound = {"zscore": mean + std * k**2 / z, "mean": mean, "percentile": mean + k * std}[mode]
+        bounds.append(bound if z > k or mode == "percentile" else INF)
+        x = min(x, bounds[-1])
+        mean = decay * mean + (1 - decay) * x
+        var = decay * var + (1 - decay) * (x - mean) ** 2
+    return bounds
+
+
+@pytest.mark.parametrize("mode", ["zscore", "mean", "percentile"])
+@pytest.mark.parametrize("max_norm", [0.11, INF])
+def test_zclip(norms, mode, max_norm):
+    tx = optaxclip.zclip(
+        1.5, decay=0.9, mode=mode, max_norm=max_norm, warmup=8, relearn_after=None, by="leaf"
+    )
+    bounds = by_leaf(zclip, norms, 1.5, 0.9, mode, 8)
+    same(tx, norms, clipped(norms, np.minimum(bounds, max_norm)))
+
+
+def test_adagc(norms):
+    ratio, decay, largest, warmup = 1.1, 0.9, 0.12, 10
+    out, gamma = [], np.full(2, INF)
+    for t, n in enumerate(norms):
+        if t < warmup:
+            out.append(np.full(2, min(1, largest / np.sqrt(np.sum(n**2)))))
+            gamma = np.minimum(gamma, n * out[-1])
+        else:
+            out.append(clipped(n, ratio * gamma))
+            gamma = decay * gamma + (1 - decay) * n * out[-1]
+    tx = optaxclip.adagc(ratio, decay=decay, max_norm=largest, warmup=warmup, relearn_after=None)
+    same(tx, norms, np.array(out))
+
+
+def history(n, k, window):
+    bounds = []
+    for t in range(len(n)):
+        past = n[max(0, t - window) : t]
+        bounds.append(past.mean() + k * max(past.std(), 1e-6) if t >= window // 2 else INF)
+    return bounds
+
+
+def test_clip_by_history(norms):
+    tx = optaxclip.clip_by_history(1.5, window=12, relearn_after=None, by="leaf")
+    same(tx, norms, clipped(norms, by_leaf(history, norms, 1.5, 12)))
+
+
+def quantile(n, q, eta, bound):
+    bounds = []
+    for x in n:
+        bounds.append(bound)
+        bound = bound * np.exp(-eta * ((x <= bound) - q))
+    return bounds
+
+
+def test_clip_by_quantile(norms):
+    tx = optaxclip.clip_by_quantile(0.8, step_size=0.2, init=0.05, relearn_after=None, by="leaf")
+    same(tx, norms, clipped(norms, by_leaf(quantile, norms, 0.8, 0.2, 0.05)))
+
+
+def test_clip_by_quantile_without_init_starts_from_the_quantile_of_the_warm_up(norms):
+    tx = optaxclip.clip_by_quantile(0.5, relearn_after=None, by="leaf")
+    found = multipliers(tx, norms[:26]) * norms[:26]
+    np.testing.assert_allclose(found[:25], norms[:25], rtol=1e-6)
+    np.testing.assert_allclose(found[25], np.quantile(norms[:25], 0.5, axis=0), rtol=1e-6)
+
+
+# --- what all of them share ---
+
+MAKE = {
+    "autoclip": optaxclip.autoclip,
+    "zclip": optaxclip.zclip,
+    "adagc": optaxclip.adagc,
+    "clip_by_history": optaxclip.clip_by_history,
+    "clip_by_quantile": optaxclip.clip_by_quantile,
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_names_units_and_the_scale_of_norms(name):
+    """Bounds are in the unit of the norms, from the smallest gradients to the largest."""
+    small = 0.1 * np.exp(0.1 * np.random.default_rng(0).standard_normal((120, 2)))
+    small[110] *= 30
+    free = {"max_norm": INF} if name in ("zclip", "adagc") else {}
+    tx = MAKE[name](by="leaf", **free)
+    expected = multipliers(tx, small)
+    for scale in (1e-20, 1e20):
+        np.testing.assert_allclose(multipliers(tx, small * scale), expected, rtol=1e-4)
+    assert list(optaxclip.clip_stats(tx.init([jnp.ones(2)]))) == [name]
+    named = MAKE[name](name="mine", by=optaxclip.Norm("unit", unit_axes=0))
+    assert list(optaxclip.clip_stats(named.init([jnp.ones((2, 3))]))) == ["mine"]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_only_the_first_argument_is_positional(name):
+    with pytest.raises(TypeError, match="positional"):
+        MAKE[name](1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optaxclip.autoclip(101), r"percentile must be from 0 to 100, got 101\. Pass"),
+        (lambda: optaxclip.autoclip(window=0), r"window must be >= 1, got 0"),
+        (lambda: optaxclip.zclip(decay=1.0), r"decay must be from 0 to 1, below it, got 1\.0"),
+        (lambda: optaxclip.zclip(-1.0), r"z_threshold must be >= 0, got -1\.0"),
+        (lambda: optaxclip.zclip(mode="z"), r"unknown mode, got 'z'\. Use one of"),
+        (lambda: optaxclip.zclip(relearn_after=24), r"relearn_after must be >= 25, .*got 24"),
+        (lambda: optaxclip.adagc(max_norm=-2), r"max_norm must be >= 0, got -2"),
+        (lambda: optaxclip.clip_by_history(relearn_after=0), r"relearn_after must be >= 1, got 0"),
+        (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be from 0 to 1, got 1\.5"),
+    ],
+)
+def test_arguments_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_arguments_of_the_wrong_kind():
+    with pytest.raises(TypeError, match=r"window must be a whole number, got 2\.5"):
+        optaxclip.autoclip(window=2.5)
+    tx = optax.inject_hyperparams(optaxclip.autoclip)()
+    with pytest.raises(TypeError, match=r"window must be static.*static_args=\('window',\)"):
+        tx.init([jnp.ones(2)])
+
+
+def test_a_state_of_another_tree():
+    tx = optaxclip.zclip(by="unit")
+    state = tx.init([jnp.ones((2, 300))])
+    with pytest.raises(ValueError, match=r"norms that init saw, got 400 for 300\. Call init with"):
+        tx.update([jnp.ones((2, 400))], state)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_state_is_small(name):
+    state = jax.eval_shape(MAKE[name](by="leaf").init, [jnp.ones(2)] * 3).threshold_state
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) <= 3 * 16 * 1024

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import assert_same_bits
+
+import optaxclip
+from optaxclip import clip_stats, raise_if_stuck, skip_outliers
+from optaxclip.testing import multipliers
+
+PARAMS = {"w": jnp.array([1.0, -2.0])}
+
+
+def grads(norm):
+    return {"w": jnp.array([0.6, 0.8]) * norm}
+
+
+def optimizer():
+    """Everything that must not move: moments, a schedule, decay, statistics."""
+    return optax.chain(
+        optaxclip.clip_by_global_norm(0.5),
+        optax.adamw(optax.linear_schedule(1e-1, 1e-2, 5), weight_decay=0.1),
+    )
+
+
+@pytest.mark.parametrize("rule", ["fixed", "window", "quantile"])
+@pytest.mark.parametrize("bad", [100.0, np.nan, np.inf])
+def test_a_skipped_step_leaves_no_trace(rule, bad):
+    tx = skip_outliers(optimizer(), rule=rule, max_norm=3.0 if rule == "fixed" else None, window=4)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    for norm in (1.0, 1.1, 0.9):
+        _, state = update(grads(norm), state, PARAMS)
+    updates, after = update(grads(bad), state, PARAMS)
+    assert_same_bits(after.inner_state, state.inner_state)
+    assert_same_bits(optax.apply_updates(PARAMS, updates), PARAMS)
+    assert (int(after.skipped_count), int(after.consecutive_count)) == (1, 1)
+    assert_same_bits(after.threshold_state[3:], state.threshold_state[3:])
+    assert clip_stats(after)["clip_by_global_norm"].count == 3
+    assert int(after.seen_count) == 4
+    _, after = update(grads(1.0), after, PARAMS)
+    assert (int(after.skipped_count), int(after.consecutive_count)) == (1, 0)
+    assert after.norm == pytest.approx(1.0)
+    assert 1 < after.threshold < 4
+
+
+def window_rule(n, k, window):
+    kept, out = [], []
+    for x in n:
+        past = np.array(kept[-window:])
+        known = len(past) >= window // 2
+        usual = not known or x <= past.mean() + k * max(past.std(), 1e-6)
+        out.append(float(usual))
+        kept += [x] if usual else []
+    return np.array(out)
+
+
+def test_the_window_rule_is_that_of_its_formula():
+    rng = np.random.default_rng(1)
+    n = 0.1 * np.exp(0.3 * rng.standard_normal(80))
+    n[[30, 31, 60]] *= 4
+    tx = skip_outliers(optax.identity(), num_stds=2.0, window=16, relearn_after=None)
+    expected = window_rule(n, 2.0, 16)
+    assert 3 <= np.sum(expected == 0) < 20
+    found = multipliers(tx, np.stack([n, 1e-9 * n], 1))
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
+
+
+def test_a_level_that_has_changed_is_learned_after_so_many_steps():
+    n = np.full(60, 0.1)
+    n[20:] = 1.0
+    tx = skip_outliers(optax.identity(), window=8, relearn_after=10)
+    found = multipliers(tx, np.stack([n, 1e-9 * n], 1))[:, 0]
+    np.testing.assert_allclose(found, [1.0] * 20 + [0.0] * 10 + [1.0] * 30, rtol=1e-6)
+
+
+def test_stuck():
+    tx = skip_outliers(optax.sgd(1.0), rule="fixed", max_norm=1.0, max_consecutive=2)
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        raise_if_stuck(state)
+        _, state = tx.update(grads(5.0), state)
+    with pytest.raises(FloatingPointError, match=r"is an outlier, got 2 steps skipped, 2 of them"):
+        raise_if_stuck({"optimizer": state})
+
+
+def test_all_devices_decide_alike():
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    tx = skip_outliers(optax.identity(), rule="fixed", max_norm=3.0)
+
+    def step(g):
+        return tx.update(g, tx.init(g))[0]
+
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec))
+    # Only one device's part is long.
+    assert run(jnp.array([4.0, 0, 0, 0])).tolist() == [0, 0, 0, 0]
+    assert run(jnp.array([1.0, 1, 1, 1])).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "median"}, r"unknown rule, got 'median'\. Use one of"),
+        ({"rule": "fixed"}, r"max_norm goes with rule='fixed', got None for rule='fixed'"),
+        ({"max_norm": 1.0}, r"max_norm goes with rule='fixed', got 1\.0 for rule='window'"),
+        ({"num_stds": -1}, r"num_stds must be >= 0, got -1"),
+        ({"relearn_after": 3}, r"relearn_after must be >= 64, .*got 3"),
+        ({"max_consecutive": 0}, r"max_consecutive must be >= 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        skip_outliers(optax.sgd(1.0), **arguments)
