@@ -11,13 +11,9 @@ which shows what the machine's noise is worth. Prints markdown; writes JSON with
 """
 
 import argparse
-import gc
+import functools
 import json
-import os
-import platform
-import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from _measure import compiled, interleaved, machine, ratios
 
 import optaxclip
 
@@ -40,8 +37,8 @@ OPTIMIZERS = {
     "lion": lambda: optax.lion(1e-4),
 }
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-# name: (Optax's, ours). Bounds are such that every step clips.
-CLIPPERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+# name: (Optax's or None, ours). Given bounds are such that every step clips.
+CLIPPERS: dict[str, tuple[Callable[[], Any] | None, Callable[[], Any]]] = {
     "value": (lambda: optax.clip(0.5), lambda: optaxclip.clip_by_value(0.5)),
     "value, stats=False": (
         lambda: optax.clip(0.5),
@@ -50,6 +47,12 @@ CLIPPERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "global": (lambda: optax.clip_by_global_norm(1.0), lambda: optaxclip.clip_by_global_norm(1.0)),
     "rms": (lambda: optax.clip_by_block_rms(0.5), lambda: optaxclip.clip_by_leaf_rms(0.5)),
     "agc": (lambda: optax.adaptive_grad_clip(0.01), lambda: optaxclip.agc(0.01)),
+    "autoclip": (None, optaxclip.autoclip),
+    "zclip": (None, optaxclip.zclip),
+    "adagc": (None, optaxclip.adagc),
+    "history": (None, optaxclip.clip_by_history),
+    "quantile": (None, optaxclip.clip_by_quantile),
+    "autoclip by leaf": (None, lambda: optaxclip.autoclip(by="leaf")),
 }
 ALONE, AGAIN = "alone", "alone again"
 
@@ -58,21 +61,22 @@ def main() -> None:
     """Runs the grid and prints the table."""
     args = _arguments()
     rows = []
-    print("| tree | optimizer | dtype | clipper | Optax | optaxclip | compile: Optax | optaxclip |")
-    print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |", flush=True)
-    for tree in args.trees:
+    for optimizer in args.optimizers:
         for dtype in args.dtypes:
-            for optimizer in args.optimizers:
-                measured = measure(tree, optimizer, dtype, args.clippers, args.rounds)
-                rows += measured
-                for row in measured:
-                    print(_markdown(row), flush=True)
-    print(f"\n{_machine()}")
+            found = [
+                row
+                for tree in args.trees
+                for row in measure(tree, optimizer, dtype, args.clippers, args.rounds)
+            ]
+            print(f"\n{optimizer}, {dtype}: optaxclip (Optax); compile seconds\n")
+            print(_markdown(found, args.trees, args.clippers), flush=True)
+            rows += found
+    print(f"\n{machine()}")
     noise = [row["alone_again"] for row in rows]
     print(f"The optimizer against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x.")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def measure(tree: str, optimizer: str, dtype: str, clippers: list[str], rounds: int) -> list[dict]:
@@ -82,21 +86,17 @@ def measure(tree: str, optimizer: str, dtype: str, clippers: list[str], rounds: 
     transforms = {ALONE: optax.identity(), AGAIN: optax.identity()}
     for clipper in clippers:
         for system, make in zip(("optax", "optaxclip"), CLIPPERS[clipper], strict=True):
-            transforms[f"{system} {clipper}"] = make()
-    steps, compile_s, clip_states = {}, {}, {}
-    opt_state = tx.init(params)
+            if make is not None:
+                transforms[f"{system} {clipper}"] = make()
+    state = {"params": params, "opt": tx.init(params)}
+    variants, compile_s = {}, {}
     for name, clip in transforms.items():
-        clip_states[name] = clip.init(params)
-        gc.collect()
-        start = time.perf_counter()
-        lowered = _step(clip, tx).lower(params, opt_state, clip_states[name], grads)
-        steps[name] = lowered.compile()
-        compile_s[name] = time.perf_counter() - start
-    times = _interleaved(steps, params, opt_state, clip_states, grads, rounds)
-    ratios = {
-        name: statistics.median(t / base for t, base in zip(ts, times[ALONE], strict=True))
-        for name, ts in times.items()
-    }
+        state[name] = clip.init(params)
+        args = (state["params"], state["opt"], state[name], grads)
+        step, compile_s[name] = compiled(_step(clip, tx), *args, donate_argnums=(0, 1, 2))
+        variants[name] = functools.partial(_take, step, state, name, grads)
+    times = interleaved(variants, rounds)
+    of_alone = ratios(times, ALONE)
     return [
         {
             "tree": tree,
@@ -104,11 +104,11 @@ def measure(tree: str, optimizer: str, dtype: str, clippers: list[str], rounds: 
             "dtype": dtype,
             "clipper": clipper,
             "alone_ms": 1e3 * statistics.median(times[ALONE]),
-            "alone_again": ratios[AGAIN],
+            "alone_again": of_alone[AGAIN],
             "alone_compile_s": compile_s[ALONE],
-            "optax": ratios[f"optax {clipper}"],
-            "optaxclip": ratios[f"optaxclip {clipper}"],
-            "optax_compile_s": compile_s[f"optax {clipper}"],
+            "optax": of_alone.get(f"optax {clipper}"),
+            "optaxclip": of_alone[f"optaxclip {clipper}"],
+            "optax_compile_s": compile_s.get(f"optax {clipper}"),
             "optaxclip_compile_s": compile_s[f"optaxclip {clipper}"],
         }
         for clipper in clippers
@@ -121,32 +121,14 @@ def _step(clip: Any, tx: Any) -> Any:
         updates, opt_state = tx.update(updates, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, clip_state
 
-    return jax.jit(step, donate_argnums=(0, 1, 2))
+    return step
 
 
-def _interleaved(
-    steps: dict, params: Any, opt_state: Any, clip_states: dict, grads: Any, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; params and moments go from one to the next."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    gc.collect()
-    gc.freeze()  # what the garbage collector scans grows with every trace
-    gc.disable()
-    try:
-        for round_ in range(rounds + 2):
-            for name in random.Random(round_).sample(list(steps), len(steps)):
-                jax.block_until_ready((params, opt_state))
-                start = time.perf_counter()
-                params, opt_state, clip_states[name] = steps[name](
-                    params, opt_state, clip_states[name], grads
-                )
-                jax.block_until_ready((params, opt_state, clip_states[name]))
-                if round_ >= 2:  # warm-up
-                    times[name].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
-        gc.unfreeze()
-    return times
+def _take(step: Callable, state: dict[str, Any], name: str, grads: Any) -> Any:
+    """One step; parameters and moments go on from whichever variant came before."""
+    results = step(state["params"], state["opt"], state[name], grads)
+    state["params"], state["opt"], state[name] = results
+    return results
 
 
 def _arrays(tree: str, dtype: str, seed: int) -> dict[str, jax.Array]:
@@ -157,23 +139,25 @@ def _arrays(tree: str, dtype: str, seed: int) -> dict[str, jax.Array]:
     }
 
 
-def _markdown(row: dict) -> str:
-    cells = [
-        *(row[k] for k in ("tree", "optimizer", "dtype", "clipper")),
-        *(f"{row[k]:.2f}x" for k in ("optax", "optaxclip")),
-        *(f"{row[k]:.1f} s" for k in ("optax_compile_s", "optaxclip_compile_s")),
+def _markdown(rows: list[dict], trees: list[str], clippers: list[str]) -> str:
+    by_place = {(row["tree"], row["clipper"]): row for row in rows}
+    lines = [
+        f"| clipper | {' | '.join(f'{tree} | compile' for tree in trees)} |",
+        f"| --- | {' | '.join(['---:'] * (2 * len(trees)))} |",
     ]
-    return f"| {' | '.join(cells)} |"
+    for clipper in clippers:
+        found = [by_place[tree, clipper] for tree in trees]
+        cells = [_cell(row, key, form) for row in found for key, form in _COLUMNS]
+        lines.append(f"| {' | '.join((clipper, *cells))} |")
+    return "\n".join(lines)
 
 
-def _machine() -> str:
-    device = jax.devices()[0]
-    kind = platform.processor() or platform.machine() if device.platform == "cpu" else ""
-    return (
-        f"{device.device_kind} {kind}, {os.cpu_count()} cores; Python"
-        f" {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__},"
-        f" optaxclip {optaxclip.__version__}"
-    )
+_COLUMNS = (("{}", "{:.2f}x"), ("{}_compile_s", "{:.1f}"))
+
+
+def _cell(row: dict, key: str, form: str) -> str:
+    ours, theirs = row[key.format("optaxclip")], row[key.format("optax")]
+    return form.format(ours) + ("" if theirs is None else f" ({form.format(theirs)})")
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,0 +1,172 @@
+"""What per-example clipping adds to a gradient: time, memory and compile time, by model.
+
+    python benchmarks/per_example.py                # every model, about 15 minutes on 2 cores
+    python benchmarks/per_example.py --quick        # the MLP and two language models
+    python benchmarks/per_example.py --preset gpu   # larger models
+
+Each system computes `sum_b c_b g_b` with `c_b = min(1, 1 / |g_b|)`; the plain gradient is that of
+the summed loss. All run in one process in a new random order every round; quoted is the median
+over rounds of time / time of the plain gradient in that round. Temporary memory is XLA's figure.
+jax-privacy runs at the micro-batch sizes 1, 4, 8, 16 and none; its best time is shown, if it is
+installed. Prints markdown; writes JSON with `--json`.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _models as models
+import jax
+import jax.numpy as jnp
+from _measure import compiled, interleaved, machine, ratios
+
+import optaxclip
+from optaxclip.per_example import reweighted_grad
+
+try:
+    from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
+except ImportError:
+    privacy_clipped_grad = None
+
+PRESETS: dict[str, dict[str, Callable[[], models.Workload]]] = {
+    "cpu": {
+        "MLP B=256": lambda: models.mlp(256),
+        "LM B=32 T=64": lambda: models.lm(32, 64),
+        "LM B=32 T=64 tied": lambda: models.lm(32, 64, tied=True),
+        "LM B=16 T=128": lambda: models.lm(16, 128),
+        "LM B=16 T=128 tied": lambda: models.lm(16, 128, tied=True),
+        "LM B=4 T=512": lambda: models.lm(4, 512),
+        "LM B=4 T=512 tied": lambda: models.lm(4, 512, tied=True),
+        "LM B=16 T=128 scanned, remat": lambda: models.lm(16, 128, scanned=True),
+        "CNN B=64": lambda: models.cnn(64),
+        "LSTM B=64 T=64": lambda: models.lstm(64, 64),
+    },
+    "gpu": {
+        "MLP B=4096": lambda: models.mlp(4096, 4096),
+        "LM B=64 T=256": lambda: _large(64, 256),
+        "LM B=64 T=256 tied": lambda: _large(64, 256, tied=True),
+        "LM B=16 T=1024": lambda: _large(16, 1024),
+        "LM B=16 T=1024 scanned, remat": lambda: _large(16, 1024, scanned=True),
+        "CNN B=1024": lambda: models.cnn(1024, (64, 128, 256)),
+        "LSTM B=1024 T=128": lambda: models.lstm(1024, 128, 512),
+    },
+}
+QUICK = ("MLP B=256", "LM B=32 T=64", "LM B=16 T=128 tied")
+METHODS = ("auto", "one_pass", "two_pass", "vmap")
+MICROBATCHES = (1, 4, 8, 16, None)
+PLAIN, AGAIN = "plain", "plain again"
+
+
+def main() -> None:
+    """Measures every model and prints the table."""
+    args = _arguments()
+    rows = []
+    columns = [
+        "model",
+        *METHODS,
+        "jax-privacy (micro-batch)",
+        "memory: auto",
+        "vmap",
+        "compile: auto",
+    ]
+    print(f"| {' | '.join(columns)} |")
+    print(f"| --- | {' | '.join(['---:'] * (len(columns) - 1))} |", flush=True)
+    for model in args.models:
+        row = measure(model, PRESETS[args.preset][model](), args.rounds)
+        rows.append(row)
+        print(_markdown(row), flush=True)
+    print(f"\n{machine()}")
+    noise = [row["time"][AGAIN] for row in rows]
+    print(f"The plain gradient against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x.")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def measure(model: str, work: models.Workload, rounds: int) -> dict[str, Any]:
+    """Time, temporary memory and compile time of every system, over those of the plain gradient."""
+    executables, compile_s = {}, {}
+    for name, fun in _systems(work).items():
+        executables[name], compile_s[name] = compiled(fun, work.params, work.batch)
+    memory = {k: e.memory_analysis().temp_size_in_bytes for k, e in executables.items()}
+    variants = {
+        name: functools.partial(executable, work.params, work.batch)
+        for name, executable in executables.items()
+    }
+    times = interleaved(variants, rounds)
+    return {
+        "model": model,
+        "plain_ms": 1e3 * statistics.median(times[PLAIN]),
+        "plain_memory_mb": memory[PLAIN] / 1e6,
+        "plain_compile_s": compile_s[PLAIN],
+        "time": ratios(times, PLAIN),
+        "memory": {k: m / max(memory[PLAIN], 1) for k, m in memory.items()},
+        "compile": {k: s / compile_s[PLAIN] for k, s in compile_s.items()},
+        "fallbacks": optaxclip.explain(work.loss, work.params, work.batch).fallbacks,
+    }
+
+
+def _systems(work: models.Workload) -> dict[str, Callable[[Any, Any], Any]]:
+    def plain(params: Any, batch: Any) -> Any:
+        return jax.grad(lambda p: jnp.sum(jax.vmap(work.loss, (None, 0))(p, batch)))(params)
+
+    def weights(sq_norms: jax.Array) -> jax.Array:
+        return jnp.minimum(1, jax.lax.rsqrt(sq_norms))
+
+    systems: dict[str, Callable[[Any, Any], Any]] = {PLAIN: plain, AGAIN: plain}
+    for method in METHODS:
+        systems[method] = reweighted_grad(work.loss, weights, method=method)
+    if privacy_clipped_grad is not None:
+        examples = len(jax.tree.leaves(work.batch)[0])
+        for size in (size for size in MICROBATCHES if size is None or examples % size == 0):
+            systems[_privacy(size)] = privacy_clipped_grad(
+                work.loss, l2_clip_norm=1.0, keep_batch_dim=False, microbatch_size=size
+            )
+    return systems
+
+
+def _privacy(size: int | None) -> str:
+    return f"jax-privacy {size or 'none'}"
+
+
+def _large(batch: int, time: int, **options: Any) -> models.Workload:
+    return models.lm(batch, time, d=1024, layers=12, vocabulary=32_000, heads=16, **options)
+
+
+def _markdown(row: dict[str, Any]) -> str:
+    best = min(
+        ((t, name) for name, t in row["time"].items() if name.startswith("jax-privacy")),
+        default=None,
+    )
+    cells = [
+        row["model"],
+        *(f"{row['time'][method]:.2f}x" for method in METHODS),
+        "" if best is None else f"{best[0]:.2f}x ({best[1].split()[-1]})",
+        *(f"{row['memory'][method]:.2f}x" for method in ("auto", "vmap")),
+        f"{row['compile']['auto']:.1f}x",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    parser.add_argument("--models", nargs="+", help="as they are called in the table")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    known = PRESETS[args.preset]
+    args.models = args.models or (list(QUICK) if args.quick else list(known))
+    unknown = [model for model in args.models if model not in known]
+    if unknown:
+        parser.error(f"unknown model, got {unknown[0]!r}. Use some of {list(known)}.")
+    return args
+
+
+if __name__ == "__main__":
+    main()
