@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._reductions import largest
 from optaxclip.norms import Bundles, Layout, Norm, flat
 from optaxclip.responses import Response
 
@@ -211,8 +212,8 @@ def _worst(norms: Bundles, bounds: Bundles) -> tuple[jax.Array, jax.Array, jax.A
 def _max(norms: Bundles) -> jax.Array:
     while len(norms) > _AT_ONCE:
         starts = range(0, len(norms), _AT_ONCE)
-        norms = tuple(jnp.max(flat(norms[i : i + _AT_ONCE])) for i in starts)
-    return jnp.max(flat(norms))
+        norms = tuple(largest(flat(norms[i : i + _AT_ONCE])) for i in starts)
+    return largest(flat(norms))
 
 
 def _broadcast(bounds: Bundles, norms: Bundles) -> Bundles:

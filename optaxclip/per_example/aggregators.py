@@ -11,6 +11,7 @@ import numpy as np
 from optax.experimental import aggregating
 
 from optaxclip._leaves import LeafFn, path_name
+from optaxclip._reductions import largest
 from optaxclip._statistics import (
     check_same_groups,
     empty_example_stats,
@@ -141,8 +142,8 @@ def clip_per_example(
             clipped = norm * answer.factor(norm, bound)
             return jnp.where(jnp.isfinite(norm), clipped, 0.0) if nan_safe else clipped
 
-        largest = layout.bundle([jnp.max(n) for n in norms])
-        stats = record(state.stats, layout, largest, bounds, answer, clip_norm)
+        worst = layout.bundle([largest(n) for n in norms])
+        stats = record(state.stats, layout, worst, bounds, answer, clip_norm)
         exceeded = functools.reduce(jnp.logical_or, [~(n <= c) for n, c in pairs])
         stats = record_examples(stats, root(_total(squares, size)), finite, exceeded)
         aggregated = jax.tree.unflatten(jax.tree.structure(like), sums)
