@@ -23,6 +23,8 @@ from optaxclip.per_example import per_example_grad as per_example_grad
 from optaxclip.per_example import per_example_norms as per_example_norms
 from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example import register_rule as register_rule
+from optaxclip.spike_aware import adaclip as adaclip
+from optaxclip.spike_aware import spam_clip as spam_clip
 from optaxclip.strategies import agc as agc
 from optaxclip.strategies import clip_by_global_norm as clip_by_global_norm
 from optaxclip.strategies import clip_by_group_norm as clip_by_group_norm

@@ -53,6 +53,13 @@ class Leaves:
             leaves[i] = array
         return jax.tree.unflatten(treedef, leaves)
 
+    def alone(self, arrays: Sequence[Any]) -> Tree:
+        """The tree with its counted leaves replaced by `arrays`, and None for all others."""
+        leaves: list[Any] = [None] * len(jax.tree.leaves(self.tree))
+        for i, array in zip(self.positions, arrays, strict=True):
+            leaves[i] = array
+        return jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
+
     def map(self, fun: LeafFn) -> list:
         """`fun(path, leaf)` for each counted leaf."""
         return [fun(path, x) for path, x in zip(self.paths, self.arrays, strict=True)]

@@ -284,11 +284,12 @@ def test_orbax_round_trip(name, tmp_path):
 
 def test_the_table_has_every_clipper():
     """A new public clipper must be added to the table."""
+    modules = {f"optaxclip.{name}" for name in ("strategies", "adaptive", "spike_aware")}
     public = {
         name
         for name, value in vars(optaxclip).items()
-        if getattr(value, "__module__", None) in ("optaxclip.strategies", "optaxclip.adaptive")
+        if getattr(value, "__module__", None) in modules
     }
-    assert {"agc", "autoclip"} <= public
+    assert {"agc", "autoclip", "adaclip"} <= public
     tried = {factory.__name__ for factory, _, _ in CLIPPERS.values()}
     assert public <= tried
