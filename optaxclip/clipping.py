@@ -155,7 +155,7 @@ def clip_by(
             factors = tuple(map(answer.factor, norms, bounds))
             by_slot = list(zip(layout.by_slot(norms), layout.by_slot(factors), strict=True))
             clipped = [
-                _scale_leaf(x, *by_slot[slot], nonfinite)
+                scale_leaf(x, *by_slot[slot], nonfinite)
                 for x, slot in zip(leaves.arrays, layout.slots, strict=True)
             ]
 
@@ -163,7 +163,7 @@ def clip_by(
             """What becomes of a norm: it is clipped as a single element would be."""
             if measured.by == "element":
                 return _clip_elements(norm, norm, bound, answer, nonfinite)
-            return _scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
+            return scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
 
         keep = record if stats else record_nothing
         new_stats = keep(state.stats, layout, norms, bounds, answer, clip_norm)
@@ -220,9 +220,8 @@ def _unmeasured(layout: Layout) -> Bundles:
     return tuple(jnp.zeros(len(slots), jnp.float32) for slots in layout.bundles)
 
 
-def _scale_leaf(
-    x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite
-) -> jax.Array:
+def scale_leaf(x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite) -> jax.Array:
+    """`x * factor`, or zeros where its norm is not finite and that is asked for."""
     clipped = _scale(x, factor)
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))

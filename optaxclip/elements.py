@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import Leaves, Tree
+from optaxclip._leaves import Tree
 from optaxclip.history import RootMeanSquare
 from optaxclip.learning import Learned, LearnedState, check_count
 from optaxclip.norms import Bundles, Norm
@@ -55,7 +55,7 @@ class Shares:
         self, norms: Bundles, state: SharesState, context: Context
     ) -> tuple[ElementBounds, SharesState]:
         updates, layout = context.updates, context.layout
-        shares = _like(updates, state.shares)
+        shares = updates.check_like(jax.tree.leaves(state.shares))
         norms = context.norm.measure(updates, layout)  # the same, unless stats=False
         levels, level = self.level.bound(norms, state.level, context)
         # In the warm-up of a leaf its steps count alike, and the 1 it starts from as one more.
@@ -108,8 +108,9 @@ class Moments:
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
         del norms
         updates, theta = context.updates, jnp.asarray(self.theta, jnp.float32)
+        before = updates.check_like(jax.tree.leaves(state))
         bounds, moments = [], []
-        for x, v in zip(updates.arrays, _like(updates, state), strict=True):
+        for x, v in zip(updates.arrays, before, strict=True):
             known = (context.count >= self.warmup) & (v > 0)
             bound = jnp.where(known, jnp.sqrt(theta * v), jnp.inf)
             clipped = jnp.minimum(jax.lax.stop_gradient(jnp.abs(x)).astype(v.dtype), bound)
@@ -129,15 +130,3 @@ def _square(x: jax.Array, scale: jax.Array) -> jax.Array:
 def _filled(norm: Norm, params: Tree, value: float) -> Tree:
     leaves = norm.leaves(params)
     return leaves.alone([jnp.full(x.shape, value, jnp.float32) for x in leaves.arrays])
-
-
-def _like(updates: Leaves, state: Tree) -> list[jax.Array]:
-    """The arrays of the state, leaf by leaf. Raises unless they fit the updates."""
-    arrays = jax.tree.leaves(state)
-    if [x.shape for x in arrays] != [x.shape for x in updates.arrays]:
-        raise ValueError(
-            f"updates must have the leaves that init saw, got {len(updates.arrays)} for"
-            f" {len(arrays)}, or other shapes. Call init with the tree the gradient is taken for,"
-            " and inside shard_map with what one device holds."
-        )
-    return arrays

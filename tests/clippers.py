@@ -29,6 +29,10 @@ def _guarded(max_norm):
     return optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(max_norm))
 
 
+def _feedback(max_norm):
+    return optaxclip.error_feedback(optaxclip.clip_by_global_norm(max_norm))
+
+
 def _skipping(max_norm):
     return optaxclip.skip_outliers(optaxclip.clip_by_global_norm(max_norm))
 
@@ -97,6 +101,13 @@ CLIPPERS = {
     "spam-published": (optaxclip.spam_clip, 9.0, {"warmup": 1, "relearn_after": None}),
     "adaclip": (optaxclip.adaclip, 0.9, {"warmup": 2, "relearn_after": 2}),
     "adaclip-published": (optaxclip.adaclip, 0.9, {"relearn_after": None}),
+    "singular": (optaxclip.clip_singular_values, 0.1, {}),
+    "singular-soft-zero": (
+        optaxclip.clip_singular_values,
+        0.1,
+        {"soft": True, "nonfinite": "zero", "steps": 6},
+    ),
+    "feedback": (_feedback, 0.5, {}),
     "drop": (_drop, 0.5, {}),
     "skip-nonfinite": (_guarded, 0.5, {}),
     "skip-outliers": (_skipping, 0.5, {}),
@@ -115,7 +126,17 @@ ONE_EACH = [
     "soft-elements",
     "skip-nonfinite",
 ]
-STATIC = ("labels", "unit_axes", "exclude", "ord", "window", "warmup", "relearn_after")
+STATIC = (
+    "labels",
+    "unit_axes",
+    "exclude",
+    "ord",
+    "window",
+    "warmup",
+    "relearn_after",
+    "soft",
+    "steps",
+)
 # Clippers whose bound follows the norms, with their defaults; for `check_clipper`.
 ADAPTIVE = {
     "autoclip": lambda: optaxclip.autoclip(),
