@@ -41,7 +41,8 @@ def spam_clip(
         bound, after which its level starts anew from the last `warmup` steps. None: the paper's
         rule. Static.
       nonfinite, axis_name, name: as in `clip_by` and `Norm`.
-      stats: as in `clip_by_value`. True costs one more pass over gradient and state.
+      stats: as in `clip_by_value`. With Adam a step takes 3.3 times as
+        long as Adam alone, with False 1.9 (25 leaves of 1024x1024, 2 CPU cores).
 
     Returns:
       A gradient transformation. Its state is one float32 array like the parameters (and 29
