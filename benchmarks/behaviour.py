@@ -33,6 +33,10 @@ FIXED: dict[str, Callable[[], Any]] = {
     "agc": lambda: optaxclip.agc(0.01),
     "soft_clip": lambda: optaxclip.soft_clip(BOUND),
     "normalize": lambda: optaxclip.normalize(LEVEL),
+    "clip_singular_values": lambda: optaxclip.clip_singular_values(BOUND),
+    "error_feedback, global norm": lambda: optaxclip.error_feedback(
+        optaxclip.clip_by_global_norm(BOUND)
+    ),
     "skip_nonfinite": lambda: optaxclip.skip_nonfinite(optax.identity()),
     'skip_outliers, "fixed"': lambda: optaxclip.skip_outliers(
         optax.identity(), rule="fixed", max_norm=2 * LEVEL
@@ -47,12 +51,23 @@ ADAPTIVE: dict[str, Callable[..., Any]] = {
     "adagc": optaxclip.adagc,
     "clip_by_history": optaxclip.clip_by_history,
     "clip_by_quantile": optaxclip.clip_by_quantile,
+    "spam_clip": optaxclip.spam_clip,
+    "adaclip": optaxclip.adaclip,
     "skip_outliers": lambda **k: optaxclip.skip_outliers(optax.identity(), **k),
     'skip_outliers, "quantile"': lambda **k: optaxclip.skip_outliers(
         optax.identity(), rule="quantile", **k
     ),
 }
-PLOTTED = ("autoclip", "zclip", "adagc", "clip_by_history", "clip_by_quantile", "skip_outliers")
+PLOTTED = (
+    "autoclip",
+    "zclip",
+    "adagc",
+    "clip_by_history",
+    "clip_by_quantile",
+    "spam_clip",
+    "adaclip",
+    "skip_outliers",
+)
 COLUMNS = {
     "early spike 5": "x1000 on step 5, x20 on step 300",
     "shift 3": "x3 for good",
@@ -94,7 +109,12 @@ def plot(factors: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        len(PLOTTED), len(COLUMNS), figsize=(10, 9), sharex=True, sharey=True, layout="constrained"
+        len(PLOTTED),
+        len(COLUMNS),
+        figsize=(10, 11.5),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for row, name in zip(axes, PLOTTED, strict=True):
         for axis, (stream, title) in zip(row, COLUMNS.items(), strict=True):

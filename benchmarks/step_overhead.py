@@ -52,6 +52,9 @@ CLIPPERS: dict[str, tuple[Callable[[], Any] | None, Callable[[], Any]]] = {
     "adagc": (None, optaxclip.adagc),
     "history": (None, optaxclip.clip_by_history),
     "quantile": (None, optaxclip.clip_by_quantile),
+    "adaclip": (None, optaxclip.adaclip),
+    "spam": (None, optaxclip.spam_clip),
+    "spam, stats=False": (None, lambda: optaxclip.spam_clip(stats=False)),
     "autoclip by leaf": (None, lambda: optaxclip.autoclip(by="leaf")),
 }
 ALONE, AGAIN = "alone", "alone again"

@@ -11,6 +11,8 @@ from optaxclip.adaptive import zclip as zclip
 from optaxclip.clipping import ClipState as ClipState
 from optaxclip.clipping import clip_by as clip_by
 from optaxclip.clipping import clip_stats as clip_stats
+from optaxclip.feedback import ErrorFeedbackState as ErrorFeedbackState
+from optaxclip.feedback import error_feedback as error_feedback
 from optaxclip.guards import SkipNonfiniteState as SkipNonfiniteState
 from optaxclip.guards import SkipOutliersState as SkipOutliersState
 from optaxclip.guards import raise_if_stuck as raise_if_stuck
@@ -23,6 +25,9 @@ from optaxclip.per_example import per_example_grad as per_example_grad
 from optaxclip.per_example import per_example_norms as per_example_norms
 from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example import register_rule as register_rule
+from optaxclip.spectral import clip_singular_values as clip_singular_values
+from optaxclip.spike_aware import adaclip as adaclip
+from optaxclip.spike_aware import spam_clip as spam_clip
 from optaxclip.strategies import agc as agc
 from optaxclip.strategies import clip_by_global_norm as clip_by_global_norm
 from optaxclip.strategies import clip_by_group_norm as clip_by_group_norm

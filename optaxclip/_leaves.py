@@ -53,6 +53,23 @@ class Leaves:
             leaves[i] = array
         return jax.tree.unflatten(treedef, leaves)
 
+    def alone(self, arrays: Sequence[Any]) -> Tree:
+        """The tree with its counted leaves replaced by `arrays`, and None for all others."""
+        leaves: list[Any] = [None] * len(jax.tree.leaves(self.tree))
+        for i, array in zip(self.positions, arrays, strict=True):
+            leaves[i] = array
+        return jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
+
+    def check_like(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """`arrays`, a state's. Raises unless they have the shapes of the counted leaves."""
+        if [x.shape for x in arrays] != [x.shape for x in self.arrays]:
+            raise ValueError(
+                f"updates must have the leaves that init saw, got {len(self.arrays)} for"
+                f" {len(arrays)}, or other shapes. Call init with the tree the gradient is taken"
+                " for, and inside shard_map with what one device holds."
+            )
+        return arrays
+
     def map(self, fun: LeafFn) -> list:
         """`fun(path, leaf)` for each counted leaf."""
         return [fun(path, x) for path, x in zip(self.paths, self.arrays, strict=True)]

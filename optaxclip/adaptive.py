@@ -25,7 +25,8 @@ from optaxclip.clipping import NonFinite, clip_by
 from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
 from optaxclip.learning import AtMost, Learned, check_count
 from optaxclip.norms import AxisName, By, Norm
-from optaxclip.thresholds import check_bound
+from optaxclip.responses import Response
+from optaxclip.thresholds import Threshold, check_bound
 
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
 Mode = Literal["zscore", "mean", "percentile"]
@@ -79,12 +80,12 @@ def autoclip(
     keeps all norms, the present one among them. Here a window of them; the present one only
     with `relearn_after=None`; and the safeguards above, with a warm-up of 25 norms.
     """
-    _check_between(percentile, "percentile", 0, 100)
+    check_between(percentile, "percentile", 0, 100)
     check_count(window, "window")
     robust = relearn_after is not None
     rule = Percentile(percentile, window, robust)
     threshold = Learned(rule, 25 if robust else 1, relearn_after)
-    return _clip(by, threshold, nonfinite, axis_name, name or "autoclip")
+    return clip_learned(by, threshold, nonfinite, axis_name, name or "autoclip")
 
 
 def zclip(
@@ -148,12 +149,12 @@ def zclip(
     """
     check_bound(z_threshold, "z_threshold", schedule=False)
     check_bound(max_norm, "max_norm")
-    _check_between(decay, "decay", 0, 1, last=False)
+    check_between(decay, "decay", 0, 1, last=False)
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
     rule = ZScore(z_threshold, decay, mode, relearn_after is not None)
     threshold = AtMost(Learned(rule, warmup, relearn_after), max_norm)
-    return _clip(by, threshold, nonfinite, axis_name, name or "zclip")
+    return clip_learned(by, threshold, nonfinite, axis_name, name or "zclip")
 
 
 def adagc(
@@ -212,10 +213,10 @@ def adagc(
     """
     check_bound(ratio, "ratio", schedule=False)
     check_bound(max_norm, "max_norm", schedule=False)
-    _check_between(decay, "decay", 0, 1, last=False)
+    check_between(decay, "decay", 0, 1, last=False)
     rule = Ratio(ratio, decay, max_norm, relearn_after is not None)
     threshold = Learned(rule, warmup, relearn_after)
-    return _clip(by, threshold, nonfinite, axis_name, name or "adagc")
+    return clip_learned(by, threshold, nonfinite, axis_name, name or "adagc")
 
 
 def clip_by_history(
@@ -268,7 +269,7 @@ def clip_by_history(
     check_count(window, "window")
     rule = WindowMoments(num_stds, window, relearn_after is not None)
     threshold = Learned(rule, max(window // 2, 1), relearn_after)
-    return _clip(by, threshold, nonfinite, axis_name, name or "clip_by_history")
+    return clip_learned(by, threshold, nonfinite, axis_name, name or "clip_by_history")
 
 
 def clip_by_quantile(
@@ -318,25 +319,30 @@ def clip_by_quantile(
     Source: Andrew, Thakkar, McMahan, Ramaswamy, arXiv 1905.03871, equation 2, there for the
     norms of users in one round, here for one norm a step.
     """
-    _check_between(quantile, "quantile", 0, 1)
+    check_between(quantile, "quantile", 0, 1)
     check_bound(step_size, "step_size", schedule=False)
     if init is not None:
         check_bound(init, "init", schedule=False)
     rule = Quantile(quantile, step_size, init)
     threshold = Learned(rule, 25, relearn_after, ready=init is not None)
-    return _clip(by, threshold, nonfinite, axis_name, name or "clip_by_quantile")
+    return clip_learned(by, threshold, nonfinite, axis_name, name or "clip_by_quantile")
 
 
-def _clip(
-    by: By | Norm, threshold: Any, nonfinite: NonFinite, axis_name: AxisName, name: str
+def clip_learned(
+    by: By | Norm,
+    threshold: Threshold,
+    nonfinite: NonFinite,
+    axis_name: AxisName,
+    name: str,
+    response: str | Response = "rescale",
 ) -> Transform:
+    """`clip_by`, where `by` may be a whole `Norm`."""
     norm = by if isinstance(by, Norm) else Norm(by, axis_name=axis_name)
-    return clip_by(norm, threshold, nonfinite=nonfinite, name=name)
+    return clip_by(norm, threshold, response, nonfinite=nonfinite, name=name)
 
 
-def _check_between(
-    value: Any, argument: str, low: float, high: float, *, last: bool = True
-) -> None:
+def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
+    """Raises unless `value` is a number from `low` to `high`, or an array."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return check_bound(value, argument, schedule=False)
     if not low <= float(value) <= high or (value == high and not last):

@@ -20,8 +20,15 @@ from optaxclip._statistics import (
     record_nothing,
 )
 from optaxclip.norms import Bundles, By, Layout, Norm
-from optaxclip.responses import Rescale, Response, as_response
-from optaxclip.thresholds import Context, as_threshold, non_negative
+from optaxclip.responses import Rescale, Response, ShrinkAlike, as_response
+from optaxclip.thresholds import (
+    Context,
+    ElementBounds,
+    ElementThreshold,
+    Threshold,
+    as_threshold,
+    non_negative,
+)
 
 NonFinite = Literal["propagate", "zero"]
 
@@ -58,8 +65,8 @@ def clip_by(
     Args:
       norm: a `Norm`, or its `by`: `"global"`, `"leaf"`, `"unit"`, `"element"`.
       threshold: a number >= 0, a scalar array (traced too), a schedule `count -> bound`, a
-        tree prefix of these (a dict by label for groups), or a `Threshold`. In the units
-        of the norm.
+        tree prefix of these (a dict by label for groups), a `Threshold`, or for elements an
+        `ElementThreshold` (statistics then count in bounds). In the units of the norm.
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
       nonfinite: what becomes of a group with NaN or infinite elements. `"propagate"`: as in
@@ -97,7 +104,7 @@ def clip_by(
       [0.58834845 0.7844646 ] 5.0
     """
     measured = norm if isinstance(norm, Norm) else Norm(norm)
-    limit = as_threshold(threshold)
+    limit: Threshold | ElementThreshold = as_threshold(threshold)
     answer = as_response(response)
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"unknown nonfinite, got {nonfinite!r}. Use one of {get_args(NonFinite)}.")
@@ -120,27 +127,43 @@ def clip_by(
         check_same_groups(state.stats, layout)
         norms = measured.measure(leaves, layout) if stats else _unmeasured(layout)
         context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
-        bounds, threshold_state = limit.bound(norms, state.threshold_state, context)
-        bounds = non_negative(bounds)
+        found, threshold_state = limit.bound(norms, state.threshold_state, context)
+        if isinstance(found, ElementBounds):
+            if measured.by != "element":
+                raise ValueError(
+                    f"bounds of elements go with an element norm, got {measured.by!r}. Pass"
+                    ' "element" as the norm.'
+                )
+            by_leaf = list(non_negative(tuple(found.arrays)))
+            # Each element has its own unit here, so that statistics are in bounds.
+            bounds: Bundles = (jnp.ones(()),) * len(norms)
+            if stats:
+                ratios = list(map(_in_bounds, leaves.arrays, by_leaf))
+                found_ratios = measured.measure(dataclasses.replace(leaves, arrays=ratios), layout)
+                norms = tuple(map(_finite_where, norms, found_ratios))
+        else:
+            bounds = non_negative(found)
+            by_leaf = layout.by_slot(bounds) if measured.by == "element" else []
 
         if measured.by == "element":
+            largest = layout.by_slot(norms)
             clipped = [
-                _clip_elements(x, bound, answer, nonfinite)
-                for x, bound in zip(leaves.arrays, layout.by_slot(bounds), strict=True)
+                _clip_elements(x, n, bound, answer, nonfinite)
+                for x, n, bound in zip(leaves.arrays, largest, by_leaf, strict=True)
             ]
         else:
             factors = tuple(map(answer.factor, norms, bounds))
             by_slot = list(zip(layout.by_slot(norms), layout.by_slot(factors), strict=True))
             clipped = [
-                _scale_leaf(x, *by_slot[slot], nonfinite)
+                scale_leaf(x, *by_slot[slot], nonfinite)
                 for x, slot in zip(leaves.arrays, layout.slots, strict=True)
             ]
 
         def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
             """What becomes of a norm: it is clipped as a single element would be."""
             if measured.by == "element":
-                return _clip_elements(norm, bound, answer, nonfinite)
-            return _scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
+                return _clip_elements(norm, norm, bound, answer, nonfinite)
+            return scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
 
         keep = record if stats else record_nothing
         new_stats = keep(state.stats, layout, norms, bounds, answer, clip_norm)
@@ -197,24 +220,39 @@ def _unmeasured(layout: Layout) -> Bundles:
     return tuple(jnp.zeros(len(slots), jnp.float32) for slots in layout.bundles)
 
 
-def _scale_leaf(
-    x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite
-) -> jax.Array:
+def scale_leaf(x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite) -> jax.Array:
+    """`x * factor`, or zeros where its norm is not finite and that is asked for."""
     clipped = _scale(x, factor)
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))
     return clipped
 
 
+def _in_bounds(x: jax.Array, bound: jax.Array) -> jax.Array:
+    """`x / bound`, with no `|x|` that XLA could share with the norm and would then store."""
+    wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
+    return times(wide, 1 / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))
+
+
+def _finite_where(norm: jax.Array, ratio: jax.Array) -> jax.Array:
+    """The largest ratio of a leaf whose largest element is `norm`: finite where that is."""
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, jnp.finfo(ratio.dtype).max), norm)
+
+
 def _clip_elements(
-    x: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
+    x: jax.Array, largest: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
 ) -> jax.Array:
     if response == Rescale() and not jnp.iscomplexobj(x):
         bound = bound.astype(x.dtype)
         clipped = jnp.clip(x, -bound, bound)
     else:
         modulus = jnp.abs(x).astype(accumulator(x.dtype))
-        clipped = _scale(x, response.factor(modulus, bound.astype(modulus.dtype)))
+        bound = bound.astype(modulus.dtype)
+        if isinstance(response, ShrinkAlike):
+            factor = response.of_elements(modulus, largest.astype(modulus.dtype), bound)
+        else:
+            factor = response.factor(modulus, bound)
+        clipped = _scale(x, factor)
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(x), clipped, jnp.zeros_like(x))
     return clipped

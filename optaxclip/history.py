@@ -1,7 +1,7 @@
 """The formulas by which a bound follows from past norms: one `Rule` (see `learning`) each.
 
 `robust` says that the safeguards of `Learned` are on. Without them a rule is exactly as
-published, which in three places here is not what is safe.
+published, which in four places here is not what is safe.
 """
 
 import dataclasses
@@ -175,6 +175,68 @@ class Ratio:
 
     def update(self, memory: jax.Array, norms: jax.Array, bounds: jax.Array) -> jax.Array:
         return self.decay * memory + (1 - self.decay) * jnp.minimum(norms, bounds)
+
+
+class Mean(NamedTuple):
+    """A moving average and the weight it has gathered; arrays [size]."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingMean:
+    """The moving average of the norms, corrected for its start from zero."""
+
+    decay: Any
+    robust: bool
+
+    def init(self, size: int) -> Mean:
+        return Mean(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
+
+    def seed(self, recent: jax.Array) -> Mean:
+        return Mean(jnp.mean(recent, axis=0), jnp.ones(recent.shape[1], jnp.float32))
+
+    def early(self, norms: jax.Array) -> jax.Array:
+        return jnp.full_like(norms, jnp.inf)
+
+    def bound(self, memory: Mean, norms: jax.Array) -> jax.Array:
+        # The paper's average holds the present norm.
+        total, weight = memory if self.robust else self.update(memory, norms, norms)
+        known = weight > 0
+        return jnp.where(known, total / jnp.where(known, weight, 1.0), jnp.inf)
+
+    def update(self, memory: Mean, norms: jax.Array, bounds: jax.Array) -> Mean:
+        del bounds
+        rest = 1 - self.decay
+        return Mean(self.decay * memory.sum + rest * norms, self.decay * memory.weight + rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class RootMeanSquare:
+    """`sqrt(theta)` times the root of the moving average of the squared norms."""
+
+    theta: Any
+    decay: Any
+
+    def init(self, size: int) -> jax.Array:
+        return jnp.zeros(size, jnp.float32)
+
+    def seed(self, recent: jax.Array) -> jax.Array:
+        unit = jnp.maximum(jnp.max(recent, axis=0), jnp.finfo(recent.dtype).tiny)
+        return unit * jnp.sqrt(jnp.mean(jnp.square(recent / unit), axis=0))
+
+    def early(self, norms: jax.Array) -> jax.Array:
+        return jnp.full_like(norms, jnp.inf)
+
+    def bound(self, memory: jax.Array, norms: jax.Array) -> jax.Array:
+        del norms
+        return jnp.sqrt(jnp.asarray(self.theta, jnp.float32)) * memory
+
+    def update(self, memory: jax.Array, norms: jax.Array, bounds: jax.Array) -> jax.Array:
+        del bounds
+        old, new = jnp.sqrt(self.decay), jnp.sqrt(1 - self.decay)
+        return jnp.hypot(old * memory, new * norms)  # squares stay in range
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,6 +121,21 @@ class AlmostNormalize:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShrinkAlike:
+    """`c / max |g|` for the elements of a leaf beyond c, so that only the largest lands on c.
+
+    Of other groups than elements, which are scaled whole, the same as `Rescale`.
+    """
+
+    def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:
+        return Rescale().factor(norm, bound)
+
+    def of_elements(self, modulus: jax.Array, largest: jax.Array, bound: jax.Array) -> jax.Array:
+        inside = modulus <= bound
+        return jnp.where(inside, jnp.ones_like(modulus), self.factor(largest, bound))
+
+
+@dataclasses.dataclass(frozen=True)
 class Drop:
     """1 inside the bound, 0 beyond it."""
 

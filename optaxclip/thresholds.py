@@ -45,6 +45,26 @@ class Threshold(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class ElementBounds:
+    """One bound an element: an array of the shape of each counted leaf."""
+
+    arrays: list[jax.Array]
+
+
+@runtime_checkable
+class ElementThreshold(Protocol):
+    """Where bounds come from that differ from element to element; for `by="element"`."""
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        """As in `Threshold`."""
+        ...
+
+    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
+        """The bounds, and the next state; `norms` are the largest elements of each leaf."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
 class Given:
     """Bounds the user gives: one for all groups, or a tree prefix (for labels, a dict).
 

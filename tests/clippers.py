@@ -29,6 +29,10 @@ def _guarded(max_norm):
     return optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(max_norm))
 
 
+def _feedback(max_norm):
+    return optaxclip.error_feedback(optaxclip.clip_by_global_norm(max_norm))
+
+
 def _skipping(max_norm):
     return optaxclip.skip_outliers(optaxclip.clip_by_global_norm(max_norm))
 
@@ -92,6 +96,18 @@ CLIPPERS = {
     "adagc": (optaxclip.adagc, 1.05, {"max_norm": 1e3, "warmup": 2, "relearn_after": 2}),
     "history": (optaxclip.clip_by_history, 3.0, {"window": 4, "relearn_after": 2}),
     "quantile": (optaxclip.clip_by_quantile, 0.95, {"init": 0.5}),
+    "spam": (optaxclip.spam_clip, 3.0, {"warmup": 2, "relearn_after": 2}),
+    "spam-no-stats": (optaxclip.spam_clip, 3.0, {"warmup": 1, "stats": False}),
+    "spam-published": (optaxclip.spam_clip, 9.0, {"warmup": 1, "relearn_after": None}),
+    "adaclip": (optaxclip.adaclip, 0.9, {"warmup": 2, "relearn_after": 2}),
+    "adaclip-published": (optaxclip.adaclip, 0.9, {"relearn_after": None}),
+    "singular": (optaxclip.clip_singular_values, 0.1, {}),
+    "singular-soft-zero": (
+        optaxclip.clip_singular_values,
+        0.1,
+        {"soft": True, "nonfinite": "zero", "steps": 6},
+    ),
+    "feedback": (_feedback, 0.5, {}),
     "drop": (_drop, 0.5, {}),
     "skip-nonfinite": (_guarded, 0.5, {}),
     "skip-outliers": (_skipping, 0.5, {}),
@@ -110,7 +126,17 @@ ONE_EACH = [
     "soft-elements",
     "skip-nonfinite",
 ]
-STATIC = ("labels", "unit_axes", "exclude", "ord", "window", "warmup", "relearn_after")
+STATIC = (
+    "labels",
+    "unit_axes",
+    "exclude",
+    "ord",
+    "window",
+    "warmup",
+    "relearn_after",
+    "soft",
+    "steps",
+)
 # Clippers whose bound follows the norms, with their defaults; for `check_clipper`.
 ADAPTIVE = {
     "autoclip": lambda: optaxclip.autoclip(),
@@ -122,15 +148,29 @@ ADAPTIVE = {
     "adagc": lambda: optaxclip.adagc(),
     "history": lambda: optaxclip.clip_by_history(),
     "quantile": lambda: optaxclip.clip_by_quantile(),
+    "spam": lambda: optaxclip.spam_clip(),
+    "spam-no-stats": lambda: optaxclip.spam_clip(stats=False),
+    "adaclip": lambda: optaxclip.adaclip(),
+    "adaclip-leaf": lambda: optaxclip.adaclip(by="leaf"),
     "skip-window": lambda: optaxclip.skip_outliers(optax.identity()),
     "skip-quantile": lambda: optaxclip.skip_outliers(optax.identity(), rule="quantile"),
 }
 # Of CLIPPERS, those that have no bound on their first step, for want of history.
-UNBOUNDED_AT_FIRST = ("autoclip", "zclip-published-units", "adagc", "history")
+UNBOUNDED_AT_FIRST = (
+    "autoclip",
+    "zclip-published-units",
+    "adagc",
+    "history",
+    "spam",
+    "spam-no-stats",
+    "spam-published",
+    "adaclip",
+    "adaclip-published",
+)
 
 
 def is_adaptive(name):
-    return CLIPPERS[name][0].__module__ == "optaxclip.adaptive"
+    return CLIPPERS[name][0].__module__ in ("optaxclip.adaptive", "optaxclip.spike_aware")
 
 
 def static_arguments(name):

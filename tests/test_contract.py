@@ -81,6 +81,7 @@ def test_every_leaf_is_bounded_and_others_are_untouched(name):
 def test_eager_jit_scan_and_vmap_agree_with_one_compilation(name):
     tx, params = make(name), example_tree(seed=1)
     trees, stacked = stacked_grads()
+    atol = 1e-6 * name.startswith("singular")  # small elements of products of matrices
     traces = []
 
     def step(*args):
@@ -104,16 +105,16 @@ def test_eager_jit_scan_and_vmap_agree_with_one_compilation(name):
         return state, updates
 
     last, scanned = jax.jit(lambda s, g: jax.lax.scan(body, s, g))(states[0], stacked)
-    assert_close(scanned, expected, rtol=2e-6)
-    assert_close(last, states[-1], rtol=2e-6)
+    assert_close(scanned, expected, rtol=2e-6, atol=atol)
+    assert_close(last, states[-1], rtol=2e-6, atol=atol)
 
     def batch(trees):
         return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
 
     update = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, params)))
     updates, new_states = update(stacked, batch(states[:-1]))
-    assert_close(updates, expected, rtol=2e-6)
-    assert_close(new_states, batch(states[1:]), rtol=2e-6)
+    assert_close(updates, expected, rtol=2e-6, atol=atol)
+    assert_close(new_states, batch(states[1:]), rtol=2e-6, atol=atol)
 
 
 @every
@@ -284,11 +285,14 @@ def test_orbax_round_trip(name, tmp_path):
 
 def test_the_table_has_every_clipper():
     """A new public clipper must be added to the table."""
+    modules = {
+        f"optaxclip.{name}" for name in ("strategies", "adaptive", "spike_aware", "spectral")
+    }
     public = {
         name
         for name, value in vars(optaxclip).items()
-        if getattr(value, "__module__", None) in ("optaxclip.strategies", "optaxclip.adaptive")
+        if getattr(value, "__module__", None) in modules
     }
-    assert {"agc", "autoclip"} <= public
+    assert {"agc", "autoclip", "adaclip"} <= public
     tried = {factory.__name__ for factory, _, _ in CLIPPERS.values()}
     assert public <= tried

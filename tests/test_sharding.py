@@ -1,5 +1,6 @@
 """Norms and clippers on a mesh equal those of the unsharded tree."""
 
+import dataclasses
 import functools
 
 import jax
@@ -103,6 +104,8 @@ CLIPPERS = {
     "soft": lambda **k: optaxclip.soft_clip(1.0, **k),
     "zclip": lambda **k: optaxclip.zclip(by="leaf", **k),
     "adagc": lambda **k: optaxclip.adagc(warmup=1, relearn_after=1, **k),
+    "adaclip": lambda **k: optaxclip.adaclip(warmup=1, relearn_after=1, **k),
+    "adaclip-published": lambda **k: optaxclip.adaclip(relearn_after=None, **k),
     "guarded": lambda **k: optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0, **k), **k),
 }
 
@@ -129,6 +132,30 @@ def test_clippers_under_shard_map(mesh, grads, name, check_vma):
     updates, state = jax.jit(update)(grads, alone.init(grads))
     assert_close(updates, expected)
     assert_close(optaxclip.clip_stats(state), optaxclip.clip_stats(expected_state))
+
+
+@pytest.mark.parametrize("relearn_after", [1, None])
+def test_bounds_of_elements_are_sharded_like_the_elements(mesh, grads, relearn_after):
+    tx = optaxclip.spam_clip(3.0, warmup=1, relearn_after=relearn_after)
+
+    def two_steps(g):
+        _, state = tx.update(g, tx.init(g))
+        return tx.update(jax.tree.map(lambda x: x**3, g), state)
+
+    expected, expected_state = two_steps(grads)
+    state_specs = jax.tree.map(lambda _: P(), expected_state)
+    if relearn_after is None:
+        state_specs = dataclasses.replace(state_specs, threshold_state=SPECS)
+    else:
+        learned = state_specs.threshold_state._replace(shares=SPECS)
+        state_specs = dataclasses.replace(state_specs, threshold_state=learned)
+    sharded = jax.shard_map(two_steps, mesh=mesh, in_specs=(SPECS,), out_specs=(SPECS, state_specs))
+    placed = {k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in grads.items()}
+    for run in (jax.jit(sharded), jax.jit(two_steps)):
+        updates, state = run(placed)
+        assert_close(updates, expected)
+        assert_close(state, expected_state)
+        assert updates["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
 
 
 @pytest.mark.parametrize("name", CLIPPERS)

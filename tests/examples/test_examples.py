@@ -145,3 +145,14 @@ def test_equinox_loop_learns_and_counts():
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses[-1] < losses[0]
     assert re.search(r"of 300 steps clipped", done.stdout)
+
+
+@pytest.mark.slow
+def test_unstable_training_needs_a_clipper(tmp_path):
+    done = run("unstable_training.py", "--quick", "--clippers", "none", "zclip", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "steps clipped" in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["clippers"]
+    assert found["zclip"]["final"] < 3
+    assert not found["none"]["final"] < 10
+    assert (tmp_path / "unstable_training.png").read_bytes().startswith(PNG)

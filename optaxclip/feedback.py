@@ -1,0 +1,95 @@
+"""Error feedback: what a clipper cut off is given back on later steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip._leaves import Leaves, Tree
+from optaxclip._reductions import accumulator
+
+
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`."""
+
+    carry: Tree
+    """What has been cut off so far: an array like each leaf, in float32 at least."""
+    inner_state: Tree
+    """The clipper's."""
+
+
+def error_feedback(
+    clipper: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips without bias in the long run: what is cut off is added to the next gradient.
+
+    With D the carry, which starts at zero: `h = g + D`, `u = clip(h)`, `D = h - u`.
+
+    Args:
+      clipper: any clipper, alone: not an optimizer, whose steps are no part of the gradient.
+
+    Returns:
+      A gradient transformation with an `ErrorFeedbackState`; `clip_stats` finds the clipper's
+      statistics, which are about h. The carry takes an array like the parameters.
+
+    Raises:
+      ValueError: updates unlike the tree `init` saw.
+
+    Guarantees:
+      The sum of all updates and the carry is the sum of all gradients, but for rounding. An
+      element of g that is NaN or infinite is not carried, and neither is what comes of it: where
+      h or u is not finite, D stays as it was. So a bad step spoils no later one; what becomes of
+      it itself is the clipper's affair.
+
+    Edge cases:
+      The carry grows without end while every gradient exceeds the bound: the bound should exceed
+      the mean gradient, so that it falls again. Clip by norm after a spike, and the direction of
+      the spike is paid back over many steps: against bad batches a guard is better. Integer,
+      float0, None and empty leaves pass through.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.error_feedback(optaxclip.clip_by_value(1.0))
+      >>> state = tx.init({"w": jnp.zeros(2)})
+      >>> for g in [3.0, 0.0, -0.5]:
+      ...     updates, state = tx.update({"w": jnp.array([g, 0.1])}, state)
+      ...     print(updates["w"], state.carry["w"])
+      [1.  0.1] [2. 0.]
+      [1.  0.1] [1. 0.]
+      [0.5 0.1] [0. 0.]
+
+    Source: Elesedy and Hutter (U-Clip), arXiv 2302.02971, algorithm 1. Different here: what is
+    not finite is not carried.
+    """
+    clipper = optax.with_extra_args_support(clipper)
+
+    def init_fn(params: Tree) -> ErrorFeedbackState:
+        leaves = Leaves.of(params)
+        carry = [jnp.zeros(x.shape, _wide(x)) for x in leaves.arrays]
+        return ErrorFeedbackState(leaves.alone(carry), clipper.init(params))
+
+    def update_fn(
+        updates: Tree, state: ErrorFeedbackState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, ErrorFeedbackState]:
+        leaves = Leaves.of(updates)
+        carry = leaves.check_like(jax.tree.leaves(state.carry))
+        wide = [x.astype(d.dtype) + d for x, d in zip(leaves.arrays, carry, strict=True)]
+        sums = [h.astype(x.dtype) for h, x in zip(wide, leaves.arrays, strict=True)]
+        clipped, inner = clipper.update(
+            leaves.replace(sums), state.inner_state, params, **extra_args
+        )
+
+        def rest(h: jax.Array, u: jax.Array, d: jax.Array) -> jax.Array:
+            kept = h - u.astype(h.dtype)
+            return jnp.where(jnp.isfinite(kept), kept, d)
+
+        taken = Leaves.of(clipped).arrays
+        new_carry = [rest(*hud) for hud in zip(wide, taken, carry, strict=True)]
+        return clipped, ErrorFeedbackState(leaves.alone(new_carry), inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _wide(x: jax.Array) -> Any:
+    return x.dtype if jnp.iscomplexobj(x) else accumulator(x.dtype)
