@@ -291,7 +291,13 @@ def _over_mesh(
         return functools.reduce(join, packed)
 
     def largest() -> jax.Array:
-        return all_reduce(lambda v: v, lax.pmax, jnp.maximum)
+        """The maximum, with what `pmax` would lose: where there is NaN."""
+
+        def pack(v: jax.Array) -> jax.Array:
+            return jnp.stack([jnp.nan_to_num(v, posinf=jnp.inf), jnp.isnan(v).astype(dtype)])
+
+        size, is_nan = all_reduce(pack, lax.pmax, jnp.maximum)
+        return jnp.where(is_nan > 0, jnp.nan, size)
 
     if order == math.inf:
         norms = largest()

@@ -60,6 +60,17 @@ def test_shard_map_is_safe_at_rare_scales(mesh, grads, scale):
     np.testing.assert_allclose(jax.jit(sharded)(grads)[0], exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_element_on_one_device_is_seen_by_all(mesh, grads, ord, bad):
+    grads = grads | {"kernel": grads["kernel"].at[-1, -1].set(bad)}
+    norm = optaxclip.Norm("global", ord)
+    sharded = jax.shard_map(
+        functools.partial(norms_of, norm), mesh=mesh, in_specs=(SPECS,), out_specs=P()
+    )
+    np.testing.assert_array_equal(jax.jit(sharded)(grads).ravel(), [bad])
+
+
 def test_optax_is_wrong_where_this_is_right(mesh, grads):
     """The claim in the README: Optax's local norm under shard_map."""
 
