@@ -18,6 +18,8 @@ from optaxclip.guards import skip_nonfinite as skip_nonfinite
 from optaxclip.guards import skip_outliers as skip_outliers
 from optaxclip.norms import Norm as Norm
 from optaxclip.per_example import clip_per_example as clip_per_example
+from optaxclip.per_example import clipped_grad as clipped_grad
+from optaxclip.per_example import clipped_value_and_grad as clipped_value_and_grad
 from optaxclip.per_example import explain as explain
 from optaxclip.per_example import per_example_grad as per_example_grad
 from optaxclip.per_example import per_example_norms as per_example_norms

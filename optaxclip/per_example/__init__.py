@@ -10,6 +10,12 @@ and `isometries`. `forms` are the gradients; `layout` and `contractions` are wha
 """
 
 from optaxclip.per_example.aggregators import clip_per_example as clip_per_example
+from optaxclip.per_example.clipped_grad import AuxiliaryOutput as AuxiliaryOutput
+from optaxclip.per_example.clipped_grad import (
+    BoundedSensitivityCallable as BoundedSensitivityCallable,
+)
+from optaxclip.per_example.clipped_grad import clipped_grad as clipped_grad
+from optaxclip.per_example.clipped_grad import clipped_value_and_grad as clipped_value_and_grad
 from optaxclip.per_example.forms import Dense as Dense
 from optaxclip.per_example.forms import Form as Form
 from optaxclip.per_example.forms import Gathered as Gathered
