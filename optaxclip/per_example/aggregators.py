@@ -15,12 +15,13 @@ from optaxclip._statistics import (
     check_same_groups,
     empty_example_stats,
     empty_stats,
+    noise_scale_of,
     record,
     record_examples,
 )
 from optaxclip.clipping import ClipState
 from optaxclip.norms import Norm
-from optaxclip.per_example.incoming import Incoming, total
+from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.trees import masked
 from optaxclip.responses import Response, as_response
@@ -62,7 +63,8 @@ def clip_per_example(
       An `optax.experimental.aggregating.Aggregator`: `init(params)` gives a `ClipState`,
       `update(per_example_grads, state, params)` an update like `params`. `clip_stats` has the
       worst example's norm and factor as for any clipper, and in `examples` the mean, median and
-      largest norm, the fraction clipped and the number of examples that were not finite.
+      largest norm, the fraction clipped, the number of examples that were not finite, and the
+      noise scale of the clipped gradients (with an infinite bound, of the gradients).
 
     Raises:
       ValueError: unknown `by`, `response` or `mean`; a bound that is negative, NaN or of no
@@ -119,14 +121,16 @@ def clip_per_example(
         moving = [forms[i] for i in leaves.positions]
         squares = [total([moving[i].sq_norm() for i in m], size) for m in layout.members]
         norms = [root(x) for x in squares]
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
         count = state.stats.count
         context = Context(count, measured, layout, leaves, params, extra_args)
-        bundles = layout.bundle(norms)
+        # A threshold that learns must not see the finite parts of an example that is dropped.
+        seen = [jnp.where(finite, n, jnp.nan) for n in norms] if nan_safe else norms
+        bundles = layout.bundle(seen)
         bounds, threshold_state = limit.bound(bundles, state.threshold_state, context)
         bounds = non_negative(bounds)
         pairs = list(zip(norms, layout.by_slot(bounds), strict=True))
 
-        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
         factors = [answer.factor(n, c) for n, c in pairs]
         if nan_safe:
             factors = [jnp.where(finite, f, 0.0) for f in factors]
@@ -145,7 +149,10 @@ def clip_per_example(
         largest = layout.bundle([jnp.max(n) for n in norms])
         stats = record(state.stats, layout, largest, bounds, answer, clip_norm)
         exceeded = functools.reduce(jnp.logical_or, [~(n <= c) for n, c in pairs])
-        stats = record_examples(stats, root(total(squares, size)), finite, exceeded)
+        clipped = total([jnp.square(f) * x for f, x in zip(factors, squares, strict=True)], size)
+        moved = [sums[i] for i in leaves.positions]
+        noise = noise_scale_of(clipped, finite, sq_norm(moved) * _divisor(mean, size) ** 2)
+        stats = record_examples(stats, root(total(squares, size)), finite, exceeded, noise)
         return incoming.update(sums), ClipState(state.name, stats, threshold_state)
 
     return aggregating.Aggregator(init_fn, update_fn)

@@ -12,11 +12,11 @@ from optaxclip._leaves import Leaves
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.arguments import Call
 from optaxclip.per_example.costs import Method
-from optaxclip.per_example.forms import Dense, Form, Sum, zero_like
+from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.incoming import Incoming, total
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.schedules import scheduled, second_pass
-from optaxclip.per_example.trees import masked, materialize, sq_norms
+from optaxclip.per_example.trees import cast, masked, materialize, sq_norms
 from optaxclip.responses import Rescale
 
 Tree = Any
@@ -139,34 +139,19 @@ class Clipping:
     def _as_asked(self, sums: Tree, like: Tree) -> Tree:
         """In `dtype`, or in that of the gradients."""
 
-        def cast(x: jax.Array, like: Any) -> jax.Array:
-            counted = jnp.issubdtype(like.dtype, jnp.inexact) and self.dtype is not None
-            return (
-                x
-                if x.dtype == jax.dtypes.float0
-                else x.astype(self.dtype if counted else like.dtype)
-            )
+        def one(x: jax.Array, like: Any) -> jax.Array:
+            if not jnp.issubdtype(like.dtype, jnp.inexact):
+                return x
+            return x.astype(self.dtype or like.dtype)
 
-        return jax.tree.map(cast, sums, like)
+        return jax.tree.map(one, sums, like)
 
 
 def _weighted_sum(form: Form, weights: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
     """`sum_b c_b g_b` in a dtype, over the examples of the mask."""
     if mask is not None:
         form = masked(form, mask)
-    return _cast(form, dtype).weighted_sum(weights)
-
-
-def _cast(form: Form, dtype: Any) -> Form:
-    """The gradient of a parameter of another dtype."""
-    if form.dtype == dtype:
-        return form
-    if isinstance(form, Sum):
-        return Sum(tuple(_cast(x, dtype) for x in form.terms))
-    if isinstance(form, Dense):
-        return Dense(form.stacked.astype(dtype), form.reason)
-    factored: Any = form
-    return dataclasses.replace(factored, layout=factored.layout.cast(dtype))
+    return cast(form, dtype).weighted_sum(weights)
 
 
 def _without_dropped(call: Call, keep: jax.Array | None) -> Call:

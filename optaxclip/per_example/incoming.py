@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import path_name
+from optaxclip._reductions import accumulator
 from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
 
 Tree = Any
@@ -57,6 +58,12 @@ class Incoming:
 def total(parts: list[jax.Array], size: int) -> jax.Array:
     """Their sum, [B]; of no leaves, zeros."""
     return functools.reduce(jnp.add, parts) if parts else jnp.zeros(size, jnp.float32)
+
+
+def sq_norm(arrays: list[jax.Array]) -> jax.Array:
+    """`|u|^2` of an update."""
+    wide = [x.astype(accumulator(x.dtype)).reshape(-1) for x in arrays]
+    return functools.reduce(jnp.add, [jnp.vdot(x, x) for x in wide], jnp.zeros((), jnp.float32))
 
 
 def _check_like_params(names: list[str], shapes: list[Any], params: Tree) -> None:
