@@ -180,9 +180,7 @@ def record_examples(
     return stats._replace(examples=examples)
 
 
-def noise_scale_of(
-    sq_norms: jax.Array, counted: jax.Array, sq_norm_of_sum: jax.Array
-) -> jax.Array:
+def noise_scale_of(sq_norms: jax.Array, counted: jax.Array, sq_norm_of_sum: jax.Array) -> jax.Array:
     """`tr(S) / |G|^2` from the squared norms [B] of vectors and that of the sum of the counted.
 
     With n vectors, `m = mean |g|^2` and `s = |mean g|^2`, the unbiased estimates are

@@ -16,7 +16,6 @@ zero, NaN or infinite are still not learned from. All take `by=` (`"global"`, `"
 float32.
 """
 
-import numbers
 from typing import Any, Literal, TypeAlias, get_args
 
 import optax
@@ -25,7 +24,7 @@ from optaxclip.clipping import NonFinite, clip_by
 from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
 from optaxclip.learning import AtMost, Learned, check_count
 from optaxclip.norms import AxisName, By, Norm
-from optaxclip.thresholds import check_bound
+from optaxclip.thresholds import check_between, check_bound
 
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
 Mode = Literal["zscore", "mean", "percentile"]
@@ -79,7 +78,7 @@ def autoclip(
     keeps all norms, the present one among them. Here a window of them; the present one only
     with `relearn_after=None`; and the safeguards above, with a warm-up of 25 norms.
     """
-    _check_between(percentile, "percentile", 0, 100)
+    check_between(percentile, "percentile", 0, 100)
     check_count(window, "window")
     robust = relearn_after is not None
     rule = Percentile(percentile, window, robust)
@@ -148,7 +147,7 @@ def zclip(
     """
     check_bound(z_threshold, "z_threshold", schedule=False)
     check_bound(max_norm, "max_norm")
-    _check_between(decay, "decay", 0, 1, last=False)
+    check_between(decay, "decay", 0, 1, last=False)
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
     rule = ZScore(z_threshold, decay, mode, relearn_after is not None)
@@ -212,7 +211,7 @@ def adagc(
     """
     check_bound(ratio, "ratio", schedule=False)
     check_bound(max_norm, "max_norm", schedule=False)
-    _check_between(decay, "decay", 0, 1, last=False)
+    check_between(decay, "decay", 0, 1, last=False)
     rule = Ratio(ratio, decay, max_norm, relearn_after is not None)
     threshold = Learned(rule, warmup, relearn_after)
     return _clip(by, threshold, nonfinite, axis_name, name or "adagc")
@@ -318,7 +317,7 @@ def clip_by_quantile(
     Source: Andrew, Thakkar, McMahan, Ramaswamy, arXiv 1905.03871, equation 2, there for the
     norms of users in one round, here for one norm a step.
     """
-    _check_between(quantile, "quantile", 0, 1)
+    check_between(quantile, "quantile", 0, 1)
     check_bound(step_size, "step_size", schedule=False)
     if init is not None:
         check_bound(init, "init", schedule=False)
@@ -332,16 +331,3 @@ def _clip(
 ) -> Transform:
     norm = by if isinstance(by, Norm) else Norm(by, axis_name=axis_name)
     return clip_by(norm, threshold, nonfinite=nonfinite, name=name)
-
-
-def _check_between(
-    value: Any, argument: str, low: float, high: float, *, last: bool = True
-) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return check_bound(value, argument, schedule=False)
-    if not low <= float(value) <= high or (value == high and not last):
-        raise ValueError(
-            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
-            f" Pass for example {(low + 9 * high) / 10:g}."
-        )
-    return None

@@ -177,6 +177,18 @@ def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
         )
 
 
+def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
+    """Raises unless a number lies from `low` to `high`; an array is taken as it is."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return check_bound(value, argument, schedule=False)
+    if not low <= float(value) <= high or (value == high and not last):
+        raise ValueError(
+            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
+            f" Pass for example {(low + 9 * high) / 10:g}."
+        )
+    return None
+
+
 def _first_difference(params: Leaves, updates: Leaves) -> str:
     for p, x, q, y in zip(params.paths, params.arrays, updates.paths, updates.arrays, strict=False):
         if p != q or x.shape != y.shape:

@@ -28,6 +28,11 @@ from optaxclip.per_example.plan import Plan as Plan
 from optaxclip.per_example.plan import explain as explain
 from optaxclip.per_example.registry import RuleContext as RuleContext
 from optaxclip.per_example.registry import register_rule as register_rule
+from optaxclip.per_example.robust import centered_clip as centered_clip
+from optaxclip.per_example.robust import coordinate_median as coordinate_median
+from optaxclip.per_example.robust import coordinate_trimmed_mean as coordinate_trimmed_mean
+from optaxclip.per_example.robust import geometric_median as geometric_median
+from optaxclip.per_example.robust import trim_by_norm as trim_by_norm
 from optaxclip.per_example.schedules import Reweighted as Reweighted
 from optaxclip.per_example.schedules import reweighted_grad as reweighted_grad
 from optaxclip.per_example.trees import inner as inner
