@@ -23,6 +23,7 @@ from optaxclip.per_example import clipped_grad as clipped_grad
 from optaxclip.per_example import clipped_value_and_grad as clipped_value_and_grad
 from optaxclip.per_example import coordinate_median as coordinate_median
 from optaxclip.per_example import coordinate_trimmed_mean as coordinate_trimmed_mean
+from optaxclip.per_example import example_quantile as example_quantile
 from optaxclip.per_example import explain as explain
 from optaxclip.per_example import geometric_median as geometric_median
 from optaxclip.per_example import per_example_grad as per_example_grad
@@ -30,6 +31,8 @@ from optaxclip.per_example import per_example_norms as per_example_norms
 from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example import register_rule as register_rule
 from optaxclip.per_example import trim_by_norm as trim_by_norm
+from optaxclip.splits import split_by_size as split_by_size
+from optaxclip.splits import split_evenly as split_evenly
 from optaxclip.strategies import agc as agc
 from optaxclip.strategies import clip_by_global_norm as clip_by_global_norm
 from optaxclip.strategies import clip_by_group_norm as clip_by_group_norm

@@ -40,7 +40,10 @@ class Threshold(Protocol):
         ...
 
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
-        """The bounds, each broadcasting against its bundle of norms, and the next state."""
+        """The bounds, each broadcasting against its bundle of norms, and the next state.
+
+        In `clip_per_example` the norms have the examples on a last axis; the bounds do not.
+        """
         ...
 
 

@@ -26,6 +26,7 @@ from optaxclip.per_example.gradients import per_example_norms as per_example_nor
 from optaxclip.per_example.gradients import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example.plan import Plan as Plan
 from optaxclip.per_example.plan import explain as explain
+from optaxclip.per_example.quantile import example_quantile as example_quantile
 from optaxclip.per_example.registry import RuleContext as RuleContext
 from optaxclip.per_example.registry import register_rule as register_rule
 from optaxclip.per_example.robust import centered_clip as centered_clip

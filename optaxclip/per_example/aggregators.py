@@ -46,7 +46,8 @@ def clip_per_example(
 
     Args:
       max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`; for several
-        groups also a tree prefix of these, or a dict by label.
+        groups also a tree prefix of these, or a dict by label; `split_evenly(c)` and
+        `split_by_size(c)` give each its part of one bound, `example_quantile(q)` finds bounds.
       by: what one norm is taken over. `"global"`: an example's whole gradient. `"leaf"`: each
         leaf of it, so that with K leaves c / sqrt(K) bounds the whole by c. Labels, as in
         `clip_by_group_norm`: the leaves of one label.
