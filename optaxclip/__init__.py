@@ -16,6 +16,7 @@ from optaxclip.guards import SkipOutliersState as SkipOutliersState
 from optaxclip.guards import raise_if_stuck as raise_if_stuck
 from optaxclip.guards import skip_nonfinite as skip_nonfinite
 from optaxclip.guards import skip_outliers as skip_outliers
+from optaxclip.losses import phuber_cross_entropy as phuber_cross_entropy
 from optaxclip.norms import Norm as Norm
 from optaxclip.per_example import centered_clip as centered_clip
 from optaxclip.per_example import clip_per_example as clip_per_example

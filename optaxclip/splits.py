@@ -58,7 +58,7 @@ def split_evenly(max_norm: Any) -> Threshold:
       >>> print(optaxclip.clip_stats(state)["clip_per_example"].groups.threshold.round(3))
       [0.707 0.707]
 
-    Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963, section 3 (per-layer clipping).
+    Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963 (per-layer clipping).
     """
     return Split(Given(max_norm, "max_norm"), "even")
 
@@ -88,6 +88,6 @@ def split_by_size(max_norm: Any) -> Threshold:
       >>> print(optaxclip.clip_stats(state)["clip_per_example"].groups.threshold)
       [0.1 0.994...]
 
-    Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963, section 3 (per-layer clipping).
+    Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963 (per-layer clipping).
     """
     return Split(Given(max_norm, "max_norm"), "size")

@@ -1,6 +1,5 @@
 """Bounds for parts that keep a bound for the whole."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax

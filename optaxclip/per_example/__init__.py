@@ -24,6 +24,7 @@ from optaxclip.per_example.forms import Sum as Sum
 from optaxclip.per_example.gradients import per_example_grad as per_example_grad
 from optaxclip.per_example.gradients import per_example_norms as per_example_norms
 from optaxclip.per_example.gradients import per_example_value_and_grad as per_example_value_and_grad
+from optaxclip.per_example.moments import second_moment as second_moment
 from optaxclip.per_example.plan import Plan as Plan
 from optaxclip.per_example.plan import explain as explain
 from optaxclip.per_example.quantile import example_quantile as example_quantile

@@ -188,7 +188,7 @@ def centered_clip(
       >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.3f}")
       1.500
 
-    Source: Karimireddy, He & Jaggi, arXiv 2012.10333, algorithm 2.
+    Source: Karimireddy, He & Jaggi, arXiv 2012.10333.
     """
     limit = as_threshold(max_norm, "max_norm")
     check_count(iterations, "iterations")
