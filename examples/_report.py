@@ -38,8 +38,13 @@ def write_report(results: Results, path: Path) -> None:
     """One HTML file that needs no other."""
     with mpl.rc_context(LOOK):
         body = "\n".join(_body(results))
-    page = _PAGE.replace("{{style}}", _STYLE).replace("{{body}}", body)
-    path.write_text(page, encoding="utf-8")
+    write_page("Gradient clippers, compared", body, path)
+
+
+def write_page(title: str, body: str, path: Path) -> None:
+    """An HTML file in the style of the reports."""
+    page = _PAGE.replace("{{title}}", html.escape(title)).replace("{{style}}", _STYLE)
+    path.write_text(page.replace("{{body}}", body), encoding="utf-8")
 
 
 def _body(results: Results) -> Iterator[str]:
@@ -51,19 +56,19 @@ def _body(results: Results) -> Iterator[str]:
         yield f"<li><b>{html.escape(title)}.</b> {html.escape(text)}</li>"
     yield "</ul><p class=note>Clearly: by more than both standard deviations over seeds together."
     yield "In brackets the worst and the best clipper.</p>"
-    yield _picture(
+    yield picture(
         accuracy_figure(results),
         "Test accuracy at the end of training: mean over seeds, bars one standard deviation.",
     )
     for workload in config["workloads"]:
         yield f"<h2>{html.escape(WORKLOADS[workload].title)}</h2>"
-        yield _picture(
+        yield picture(
             loss_figure(results, workload),
             "Training loss: median over seeds, smoothed, log axes. A cross marks where the"
             " parameters turn into NaN.",
         )
         if results.clipping:
-            yield _picture(
+            yield picture(
                 norm_figure(results, workload),
                 "What each clipper measures before clipping (colour) against its bound (dashed),"
                 " first seed, log axes; the bound stands in the title. Of several leaves, units"
@@ -71,7 +76,7 @@ def _body(results: Results) -> Iterator[str]:
                 " the norm of the unit's parameters, so it is smallest for biases, which start"
                 " at zero.",
             )
-            yield _picture(
+            yield picture(
                 clip_rate_figure(results, workload),
                 "How often each clipper clips. A step counts when any leaf, unit or element was"
                 " beyond its bound; NaN is never within it.",
@@ -159,7 +164,8 @@ def _how(results: Results) -> str:
     )
 
 
-def _picture(figure: Figure, caption: str) -> str:
+def picture(figure: Figure, caption: str) -> str:
+    """A figure that is part of the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -220,7 +226,7 @@ td i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; mar
 """
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Gradient clippers, compared</title>
+<html lang="en"><head><meta charset="utf-8"><title>{{title}}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{{style}}</style></head><body>
 {{body}}

@@ -16,7 +16,6 @@ zero, NaN or infinite are still not learned from. All take `by=` (`"global"`, `"
 float32.
 """
 
-import numbers
 from typing import Any, Literal, TypeAlias, get_args
 
 import optax
@@ -26,7 +25,7 @@ from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
 from optaxclip.learning import AtMost, Learned, check_count
 from optaxclip.norms import AxisName, By, Norm
 from optaxclip.responses import Response
-from optaxclip.thresholds import Threshold, check_bound
+from optaxclip.thresholds import Threshold, check_between, check_bound
 
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
 Mode = Literal["zscore", "mean", "percentile"]
@@ -339,15 +338,3 @@ def clip_learned(
     """`clip_by`, where `by` may be a whole `Norm`."""
     norm = by if isinstance(by, Norm) else Norm(by, axis_name=axis_name)
     return clip_by(norm, threshold, response, nonfinite=nonfinite, name=name)
-
-
-def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
-    """Raises unless `value` is a number from `low` to `high`, or an array."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return check_bound(value, argument, schedule=False)
-    if not low <= float(value) <= high or (value == high and not last):
-        raise ValueError(
-            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
-            f" Pass for example {(low + 9 * high) / 10:g}."
-        )
-    return None

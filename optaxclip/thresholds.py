@@ -40,7 +40,10 @@ class Threshold(Protocol):
         ...
 
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
-        """The bounds, each broadcasting against its bundle of norms, and the next state."""
+        """The bounds, each broadcasting against its bundle of norms, and the next state.
+
+        In `clip_per_example` the norms have the examples on a last axis; the bounds do not.
+        """
         ...
 
 
@@ -195,6 +198,18 @@ def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
         raise ValueError(
             f"{argument} must be >= 0, got {value!r}. Pass 0 or more; float('inf') never clips."
         )
+
+
+def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
+    """Raises unless a number lies from `low` to `high`; an array is taken as it is."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return check_bound(value, argument, schedule=False)
+    if not low <= float(value) <= high or (value == high and not last):
+        raise ValueError(
+            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
+            f" Pass for example {(low + 9 * high) / 10:g}."
+        )
+    return None
 
 
 def _first_difference(params: Leaves, updates: Leaves) -> str:

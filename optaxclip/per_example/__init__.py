@@ -7,9 +7,19 @@ for control flow, with `partial`, `lift`, `uses`), `walk` goes through them forw
 back to forms, by the rules of the `registry` and, through code on parameters alone, by `pullback`
 and `isometries`. `forms` are the gradients; `layout` and `contractions` are what they stand on,
 `trees` and `safe_norms` sum over them.
+
+On top of that stand the aggregators (`aggregators`, `robust`; `incoming` checks what they are
+given, `quantile` is a threshold for them), the function transformation `clipped_grad`
+(`clipped_sum` does its work), and `moments`.
 """
 
 from optaxclip.per_example.aggregators import clip_per_example as clip_per_example
+from optaxclip.per_example.clipped_grad import AuxiliaryOutput as AuxiliaryOutput
+from optaxclip.per_example.clipped_grad import (
+    BoundedSensitivityCallable as BoundedSensitivityCallable,
+)
+from optaxclip.per_example.clipped_grad import clipped_grad as clipped_grad
+from optaxclip.per_example.clipped_grad import clipped_value_and_grad as clipped_value_and_grad
 from optaxclip.per_example.forms import Dense as Dense
 from optaxclip.per_example.forms import Form as Form
 from optaxclip.per_example.forms import Gathered as Gathered
@@ -18,10 +28,17 @@ from optaxclip.per_example.forms import Sum as Sum
 from optaxclip.per_example.gradients import per_example_grad as per_example_grad
 from optaxclip.per_example.gradients import per_example_norms as per_example_norms
 from optaxclip.per_example.gradients import per_example_value_and_grad as per_example_value_and_grad
+from optaxclip.per_example.moments import second_moment as second_moment
 from optaxclip.per_example.plan import Plan as Plan
 from optaxclip.per_example.plan import explain as explain
+from optaxclip.per_example.quantile import example_quantile as example_quantile
 from optaxclip.per_example.registry import RuleContext as RuleContext
 from optaxclip.per_example.registry import register_rule as register_rule
+from optaxclip.per_example.robust import centered_clip as centered_clip
+from optaxclip.per_example.robust import coordinate_median as coordinate_median
+from optaxclip.per_example.robust import coordinate_trimmed_mean as coordinate_trimmed_mean
+from optaxclip.per_example.robust import geometric_median as geometric_median
+from optaxclip.per_example.robust import trim_by_norm as trim_by_norm
 from optaxclip.per_example.schedules import Reweighted as Reweighted
 from optaxclip.per_example.schedules import reweighted_grad as reweighted_grad
 from optaxclip.per_example.trees import inner as inner

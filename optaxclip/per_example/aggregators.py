@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from optax.experimental import aggregating
 
-from optaxclip._leaves import LeafFn, path_name
+from optaxclip._leaves import LeafFn
 from optaxclip._reductions import largest
 from optaxclip._statistics import (
     check_same_groups,
     empty_example_stats,
     empty_stats,
+    noise_scale_of,
     record,
     record_examples,
 )
 from optaxclip.clipping import ClipState
 from optaxclip.norms import Norm
-from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
+from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.trees import masked
 from optaxclip.responses import Response, as_response
@@ -46,7 +47,8 @@ def clip_per_example(
 
     Args:
       max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`; for several
-        groups also a tree prefix of these, or a dict by label.
+        groups also a tree prefix of these, or a dict by label; `split_evenly(c)` and
+        `split_by_size(c)` give each its part of one bound, `example_quantile(q)` finds bounds.
       by: what one norm is taken over. `"global"`: an example's whole gradient. `"leaf"`: each
         leaf of it, so that with K leaves c / sqrt(K) bounds the whole by c. Labels, as in
         `clip_by_group_norm`: the leaves of one label.
@@ -63,7 +65,8 @@ def clip_per_example(
       An `optax.experimental.aggregating.Aggregator`: `init(params)` gives a `ClipState`,
       `update(per_example_grads, state, params)` an update like `params`. `clip_stats` has the
       worst example's norm and factor as for any clipper, and in `examples` the mean, median and
-      largest norm, the fraction clipped and the number of examples that were not finite.
+      largest norm, the fraction clipped, the number of examples that were not finite, and the
+      noise scale of the clipped gradients (with an infinite bound, of the gradients).
 
     Raises:
       ValueError: unknown `by`, `response` or `mean`; a bound that is negative, NaN or of no
@@ -111,29 +114,32 @@ def clip_per_example(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
-        forms, like, size = _examples(updates, params)
-        leaves = measured.leaves(like)
+        incoming = Incoming.of(updates, params)
+        forms, size = incoming.forms, incoming.size
+        leaves = measured.leaves(incoming.like)
         layout = measured.layout(leaves)
         check_same_groups(state.stats, layout)
 
         moving = [forms[i] for i in leaves.positions]
-        squares = [_total([moving[i].sq_norm() for i in m], size) for m in layout.members]
+        squares = [total([moving[i].sq_norm() for i in m], size) for m in layout.members]
         norms = [root(x) for x in squares]
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
         count = state.stats.count
         context = Context(count, measured, layout, leaves, params, extra_args)
-        bundles = layout.bundle(norms)
+        # A threshold that learns must not see the finite parts of an example that is dropped.
+        seen = [jnp.where(finite, n, jnp.nan) for n in norms] if nan_safe else norms
+        bundles = layout.bundle(seen)
         bounds, threshold_state = limit.bound(bundles, state.threshold_state, context)
         bounds = non_negative(bounds)
         pairs = list(zip(norms, layout.by_slot(bounds), strict=True))
 
-        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
         factors = [answer.factor(n, c) for n, c in pairs]
         if nan_safe:
             factors = [jnp.where(finite, f, 0.0) for f in factors]
             moving = [masked(form, finite) for form in moving]
         weights = [f / _divisor(mean, size) for f in factors]
 
-        sums = [zero_like(form, size).weighted_sum(jnp.zeros(size)) for form in forms]
+        sums = incoming.zeros()
         for i, form, slot in zip(leaves.positions, moving, layout.slots, strict=True):
             sums[i] = form.weighted_sum(weights[slot])
 
@@ -145,9 +151,11 @@ def clip_per_example(
         worst = layout.bundle([largest(n) for n in norms])
         stats = record(state.stats, layout, worst, bounds, answer, clip_norm)
         exceeded = functools.reduce(jnp.logical_or, [~(n <= c) for n, c in pairs])
-        stats = record_examples(stats, root(_total(squares, size)), finite, exceeded)
-        aggregated = jax.tree.unflatten(jax.tree.structure(like), sums)
-        return aggregated, ClipState(state.name, stats, threshold_state)
+        clipped = total([jnp.square(f) * x for f, x in zip(factors, squares, strict=True)], size)
+        moved = [sums[i] for i in leaves.positions]
+        noise = noise_scale_of(clipped, finite, sq_norm(moved) * _divisor(mean, size) ** 2)
+        stats = record_examples(stats, root(total(squares, size)), finite, exceeded, noise)
+        return incoming.update(sums), ClipState(state.name, stats, threshold_state)
 
     return aggregating.Aggregator(init_fn, update_fn)
 
@@ -177,44 +185,3 @@ def _divisor(mean: Any, size: int) -> Any:
     if isinstance(mean, str):
         return size if mean == "batch" else 1
     return mean
-
-
-def _total(parts: list[jax.Array], size: int) -> jax.Array:
-    """Their sum, [B]; of a group without leaves, zeros."""
-    return functools.reduce(jnp.add, parts) if parts else jnp.zeros(size, jnp.float32)
-
-
-def _examples(grads: Tree, params: Tree | None) -> tuple[list[Form], Tree, int]:
-    """The forms, a tree of their shapes, and the number of examples."""
-    with_paths, structure = jax.tree.flatten_with_path(grads, is_leaf=is_form)
-    names = [path_name(path) or "the root" for path, _ in with_paths]
-    stacks = [jax.tree.leaves(leaf)[0] for _, leaf in with_paths]
-    for name, leaf in zip(names, stacks, strict=True):
-        if not jnp.shape(leaf) or leaf.shape[0] == 0 or leaf.shape[0] != stacks[0].shape[0]:
-            raise ValueError(
-                "gradients must have one number of examples >= 1 on the first axis, got shape"
-                f" {jnp.shape(leaf)} at {name} and {jnp.shape(stacks[0])} at {names[0]}. Pass what"
-                " per_example_grad or vmap(grad) returns."
-            )
-    if not stacks:
-        raise ValueError("gradients must have at least one leaf, got none. Pass parameters.")
-    forms: list[Form] = [x if is_form(x) else Dense(x) for _, x in with_paths]
-    shapes = [jax.ShapeDtypeStruct(form.shape, form.dtype) for form in forms]
-    if params is not None:
-        _check_like_params(names, shapes, params)
-    return forms, jax.tree.unflatten(structure, shapes), stacks[0].shape[0]
-
-
-def _check_like_params(names: list[str], shapes: list[Any], params: Tree) -> None:
-    expected = [jnp.shape(x) for x in jax.tree.leaves(params)]
-    if len(expected) != len(shapes):
-        raise ValueError(
-            f"gradients and params must have the same leaves, got {len(shapes)} and"
-            f" {len(expected)}. Pass the parameters the gradient was taken for."
-        )
-    for name, x, shape in zip(names, shapes, expected, strict=True):
-        if x.shape != shape:
-            raise ValueError(
-                f"one example's gradient must be shaped like its parameter, got {x.shape} at"
-                f" {name}, which is {shape}. Pass per-example gradients, [B, *shape] or factored."
-            )

@@ -37,8 +37,8 @@ class Options:
                     raise ValueError(f"{name} must be >= 0, got {k}. Count from the left.")
                 if k in taken:
                     raise ValueError(
-                        f"an argument must have one role, got {k} in {taken[k]} and in {name}."
-                        " Remove it from one of the two."
+                        f"the roles of arguments must not overlap, got {k} in {taken[k]} and in"
+                        f" {name}. Remove it from one of the two."
                     )
                 taken[k] = name
 
@@ -61,6 +61,9 @@ class Call:
     """Arrays with the examples on the leading axis."""
     like_params: Callable[[list[Any], Callable[[Any], Any]], Tree]
     """`(gradients, zero) -> tree` like the differentiated arguments; `zero(leaf)` elsewhere."""
+    spmd_axis_name: Any = None
+    """Mesh axes that the examples are split over: `jax.vmap`'s argument, for sharding constraints
+    in the loss."""
 
     @property
     def size(self) -> int:

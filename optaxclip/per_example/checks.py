@@ -63,7 +63,7 @@ def check_batch(arguments: list[tuple[str, Tree]]) -> None:
             )
         if shape[0] != first[0]:
             raise ValueError(
-                f"batch sizes must agree, got {shape} at {name} and {first} at {first_name}."
+                f"Batch axis sizes must agree, got {shape} at {name} and {first} at {first_name}."
                 " Give every leaf of the batch the same first axis."
             )
     if first[0] == 0:

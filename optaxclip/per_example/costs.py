@@ -93,7 +93,11 @@ def plain_flops(call: Call) -> int:
 
 def total_loss(call: Call, weights: jax.Array | float = 1.0) -> Callable[..., jax.Array]:
     """`sum_b c_b fun(params, batch_b)`, as a function of params and batch."""
-    each = jax.vmap(lambda params, example: call.fun(params, example)[0], (None, 0))
+    each = jax.vmap(
+        lambda params, example: call.fun(params, example)[0],
+        (None, 0),
+        spmd_axis_name=call.spmd_axis_name,
+    )
     return lambda params, batch: jnp.sum(weights * each(params, batch))
 
 

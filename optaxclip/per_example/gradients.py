@@ -155,5 +155,5 @@ def evaluate(call: Call, options: Options, strict: bool = False) -> tuple[jax.Ar
 def factored(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
     """Losses [B], aux [B, ...] and the gradients of each array of `call.params`."""
     program, aux_tree = trace(call.fun, call.params, call.example)
-    losses, aux, forms = value_and_forms(program, call.params, call.batch)
+    losses, aux, forms = value_and_forms(program, call.params, call.batch, call.spmd_axis_name)
     return losses, jax.tree.unflatten(aux_tree, aux), forms

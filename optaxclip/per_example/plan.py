@@ -79,6 +79,7 @@ class Plan:
         return [
             f"Held by the forms: {amount(costs.factor_bytes, 'B')}; stacked it would be"
             f" {amount(costs.stacked_bytes, 'B')}.",
+            "Stacked by coordinate_median and coordinate_trimmed_mean; all else takes the forms.",
             f"A plain gradient: parameters {amount(costs.parameter_bytes, 'B')}, residuals"
             f" {amount(costs.residual_bytes, 'B')}, {amount(self.plain_flops, 'FLOP')}.",
             f"The norms add {amount(costs.norm_flops, 'FLOP')} ({share:.1%}).",

@@ -87,39 +87,54 @@ def reweighted_grad(
       [0.6 1.8]
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
-    known = ("auto", *get_args(Method))
-    if method not in known:
-        raise ValueError(f"unknown method, got {method!r}. Use one of {known}.")
+    check_method(method)
 
     @functools.wraps(fun)
     def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
         call = bind(fun, options, args, kwargs)
-        chosen: Method = "vmap"
-        if method != "vmap":
-            losses, aux, forms = factored(call)
-            chosen = costs_of(call, forms).method if method == "auto" else method
-        if chosen == "vmap":
-            losses, aux, forms = _stacked(call)
+        chosen, losses, aux, forms = scheduled(call, method)
         grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
         if strict and chosen != "vmap":
             refuse_fallbacks(grads)
         squares = sq_norms(grads)
         c = jax.lax.stop_gradient(weights(squares))
         _check_weights(c, call.size)
-        total = _second_pass(call, c) if chosen == "two_pass" else weighted_sum(grads, c)
+        total = second_pass(call, c) if chosen == "two_pass" else weighted_sum(grads, c)
         return Reweighted(total, losses, squares, c, unbatched_aux(aux, options))
 
     return reweighted
 
 
+def check_method(method: Any) -> None:
+    """Raises unless `method` is one of the schedules, or "auto"."""
+    known = ("auto", *get_args(Method))
+    if method not in known:
+        raise ValueError(f"unknown method, got {method!r}. Use one of {known}.")
+
+
+def scheduled(
+    call: Call, method: Method | Literal["auto"]
+) -> tuple[Method, jax.Array, Tree, list[Form]]:
+    """The schedule to take, losses [B], aux [B, ...] and the gradients it works on."""
+    chosen: Method = "vmap"
+    if method != "vmap":
+        losses, aux, forms = factored(call)
+        chosen = costs_of(call, forms).method if method == "auto" else method
+    if chosen == "vmap":
+        losses, aux, forms = _stacked(call)
+    return chosen, losses, aux, forms
+
+
 def _stacked(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
     """As `factored`, by `vmap(grad)`."""
-    each = jax.vmap(jax.value_and_grad(call.fun, has_aux=True), (None, 0))
+    each = jax.vmap(
+        jax.value_and_grad(call.fun, has_aux=True), (None, 0), spmd_axis_name=call.spmd_axis_name
+    )
     (losses, aux), grads = each(call.params, call.batch)
     return losses, aux, [Dense(g) for g in grads]
 
 
-def _second_pass(call: Call, weights: jax.Array) -> Tree:
+def second_pass(call: Call, weights: jax.Array) -> Tree:
     """The gradient of the reweighted loss."""
     grads = jax.grad(total_loss(call, weights))(call.params, call.batch)
     return call.like_params(grads, lambda leaf: zero_like(leaf, call.size).weighted_sum(weights))

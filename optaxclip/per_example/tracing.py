@@ -15,17 +15,17 @@ from optaxclip.per_example.walk import Records, Taps, find_forms, run, zero_taps
 
 
 def value_and_forms(
-    program: Program, params: list[Any], batch: list[Any]
+    program: Program, params: list[Any], batch: list[Any], spmd_axis_name: Any = None
 ) -> tuple[jax.Array, list[jax.Array], list[Form]]:
     """Per example the loss, [B], the leaves of aux, [B, ...], and the gradient of each parameter.
 
-    `params` and `batch` are the leaves that the program takes.
+    `params` and `batch` are the leaves that the program takes, `spmd_axis_name` is `jax.vmap`'s.
     """
     values = dict(program.constants)
     values.update(zip(program.params, params, strict=True))
     evaluate_once(program.block, values)
 
-    (losses, *aux), records, cotangents = _cotangents(program, values, batch)
+    (losses, *aux), records, cotangents = _cotangents(program, values, batch, spmd_axis_name)
     found = find_forms(program.block, values, records, cotangents)
     forms = [
         add(found[number]) if number in found else zero_like(parameter, losses.size)
@@ -35,7 +35,7 @@ def value_and_forms(
 
 
 def _cotangents(
-    program: Program, values: Values, batch: list[Any]
+    program: Program, values: Values, batch: list[Any], spmd_axis_name: Any
 ) -> tuple[list[jax.Array], Records, Taps]:
     """The outputs, the records and the cotangents of the taps, batched."""
     taps = zero_taps(program.block)
@@ -49,4 +49,4 @@ def _cotangents(
         loss, pull, (aux, records) = jax.vjp(loss_of, taps, has_aux=True)
         return [loss, *aux], records, pull(jnp.ones_like(loss))[0]
 
-    return jax.vmap(one)(batch)
+    return jax.vmap(one, spmd_axis_name=spmd_axis_name)(batch)

@@ -3,13 +3,14 @@
 A leaf is a form or an array of stacked gradients, [B, *shape]; a tree may mix the two.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip.per_example.forms import Dense, Form, is_form
+from optaxclip.per_example.forms import Dense, Form, Sum, is_form
 from optaxclip.per_example.safe_norms import norms_of
 
 Tree = Any
@@ -70,6 +71,18 @@ def masked(grads: Tree, keep: jax.Array) -> Tree:
         return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
     return jax.tree.map(mask, grads)
+
+
+def cast(form: Form, dtype: Any) -> Form:
+    """The gradient as that of a parameter of another dtype; it is summed in that dtype then."""
+    if form.dtype == dtype:
+        return form
+    if isinstance(form, Sum):
+        return Sum(tuple(cast(x, dtype) for x in form.terms))
+    if isinstance(form, Dense):
+        return Dense(form.stacked.astype(dtype), form.reason)
+    factored: Any = form
+    return dataclasses.replace(factored, layout=factored.layout.cast(dtype))
 
 
 def _form(leaf: Any) -> Form:

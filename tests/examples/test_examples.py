@@ -156,3 +156,56 @@ def test_unstable_training_needs_a_clipper(tmp_path):
     assert found["zclip"]["final"] < 3
     assert not found["none"]["final"] < 10
     assert (tmp_path / "unstable_training.png").read_bytes().startswith(PNG)
+
+
+def test_dp_sgd_prints_epsilon_delta_and_accuracy():
+    done = run("dp_sgd.py", "--steps", "60", "--print-every", "30")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"epsilon ([\d.]+), delta ([\d.e-]+), accuracy ([\d.]+)%", done.stdout)
+    epsilons, deltas, accuracies = zip(*(map(float, row) for row in found), strict=True)
+    assert 0 < epsilons[0] < epsilons[1] < 5
+    assert set(deltas) == {1e-4}
+    assert accuracies[-1] > 75
+
+
+LABEL_NOISE = ("per_example", "global", "phuber")
+
+
+@pytest.fixture(scope="module")
+def label_noise(tmp_path_factory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("label_noise")
+    done = run("label_noise.py", "--quick", "--methods", *LABEL_NOISE, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_label_noise_writes_its_files_and_the_table(label_noise):
+    out, printed = label_noise
+    assert {path.name for path in out.iterdir()} == {
+        "label_noise.png",
+        "report.html",
+        "results.json",
+    }
+    assert (out / "label_noise.png").read_bytes().startswith(PNG)
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    found = {(x["method"], x["noise"]): x["curve"][-1] for x in record}
+    assert set(found) == {(method, noise) for method in LABEL_NOISE for noise in (0.0, 0.4)}
+    for method in LABEL_NOISE:
+        assert found[method, 0.0] > 0.9
+    line = next(x for x in printed.splitlines() if x.startswith("PHuber"))
+    assert line.split()[-2:] == [f"{100 * found['phuber', noise]:.1f}" for noise in (0.0, 0.4)]
+
+
+@pytest.mark.slow
+def test_per_example_clipping_withstands_wrong_labels_where_global_clipping_does_not(tmp_path):
+    """Three seeds, 40 % of the labels wrong; the example prints the same difference."""
+    methods = ("global", "per_example")
+    done = run("label_noise.py", "--noises", "0.4", "--methods", *methods, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    ends = {m: [x["curve"][-1] for x in record if x["method"] == m] for m in methods}
+    assert len(ends["global"]) == len(ends["per_example"]) == 3
+    batch, single = (100 * sum(ends[m]) / 3 for m in methods)
+    assert single >= batch + 8
+    printed = re.search(r"per-example clip over global clip, points: \+([\d.]+)", done.stdout)
+    assert float(printed[1]) == pytest.approx(single - batch, abs=0.06)

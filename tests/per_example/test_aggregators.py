@@ -133,7 +133,7 @@ def test_a_bad_example_changes_nothing_but_counters(factored, value, params, bat
     expected, clean = aggregate(tx, take(params, (ids[good], x[good])), params)
     found, state = aggregate(tx, take(params, bad), params)
     close(found, expected, 1e-10)
-    close(state.stats.examples[:4], clean.stats.examples[:4], 1e-6)
+    close(state.stats.examples[:5], clean.stats.examples[:5], 1e-6)
     assert 0 < clean.stats.examples.clipped_fraction < 1
     assert state.stats.examples.nonfinite_count == 1
     assert state.stats.nonfinite_count == 1
@@ -151,7 +151,7 @@ def test_nothing_but_nan_gives_zeros(response, params, batch):
     for leaf in jax.tree.leaves(found):
         assert not np.any(leaf)
     _, state = tx.update(grads, state)
-    assert state.stats.examples == (0, 0, 0, 0, 2 * SIZE)
+    assert state.stats.examples == (0, 0, 0, 0, -1, 2 * SIZE)
 
 
 def test_statistics(params, batch):
@@ -272,3 +272,32 @@ def test_gradients_are_checked(grads, params, message):
     tx = clip_per_example(1.0)
     with pytest.raises(ValueError, match=message):
         tx.update(grads, tx.init(grads), params)
+
+
+def noise_scale(vectors):
+    """`tr(S) / |G|^2`, from the covariance itself."""
+    n, mean = len(vectors), vectors.mean(0)
+    trace = np.trace(np.atleast_2d(np.cov(vectors.T)))
+    return trace / (mean @ mean - trace / n)
+
+
+@pytest.mark.parametrize("bound", [np.inf, 60.0])
+def test_noise_scale_is_that_of_the_clipped_gradients(bound, params, batch):
+    grads = stacked_grads(loss, params, batch)
+    flat = np.concatenate([np.reshape(g, (SIZE, -1)) for g in jax.tree.leaves(grads)], 1)
+    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    for mean in ("batch", 3.0):
+        _, state = aggregate(clip_per_example(bound, mean=mean), grads, params)
+        expected = noise_scale(flat * np.minimum(1, bound / norms))
+        np.testing.assert_allclose(state.stats.examples.noise_scale, expected, rtol=1e-5)
+        assert expected > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [([[1.0, 2.0]] * 3, 0), ([[1.0, 0.0], [-1.0, 0.0]], np.inf), ([[1.0, 0.0]], -1)],
+)
+def test_noise_scale_at_its_ends(rows, expected):
+    tx = clip_per_example(10.0)
+    _, state = tx.update(jnp.array(rows), tx.init(jnp.zeros(2)))
+    assert state.stats.examples.noise_scale == expected

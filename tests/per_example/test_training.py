@@ -8,6 +8,7 @@ import pytest
 from agreement import assert_equals_oracle, normal
 from jax import lax
 
+from optaxclip import clip_per_example
 from optaxclip.per_example import per_example_grad, reweighted_grad, sq_norms, weighted_sum
 from optaxclip.per_example._reference import stacked_grads
 
@@ -77,3 +78,26 @@ def test_functions_with_derivative_rules_of_their_own_are_no_fallback(last):
         return last(x @ params["w"] * jax.nn.softplus(params["b"]), label)
 
     assert_equals_oracle(fun, PARAMS, (X, Y), fallbacks=())
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_accumulating_clipped_micro_batches_equals_one_step_of_the_whole(k):
+    """The README's recipe: the aggregator in front of the accumulation."""
+
+    def tx(every):
+        adam = optax.MultiSteps(optax.adam(0.1), every).gradient_transformation()
+        return optax.chain(clip_per_example(0.5), adam)
+
+    def run(tx, batches):
+        params, state = PARAMS, tx.init(PARAMS)
+        for batch in batches:
+            grads = per_example_grad(loss)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    parts = [(X[i::k], Y[i::k]) for i in range(k)]
+    found, expected = run(tx(k), parts), run(tx(1), [(X, Y)])
+    for a, b, start in zip(*map(jax.tree.leaves, (found, expected, PARAMS)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+        assert np.any(b != start)

@@ -1,0 +1,313 @@
+"""`clipped_grad`: the clipped sum as a function transformation, as jax-privacy has it."""
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
+from optaxclip.per_example.clipped_sum import Clipping
+from optaxclip.per_example.costs import Method
+from optaxclip.per_example.schedules import check_method
+from optaxclip.thresholds import check_bound
+
+Tree = Any
+
+
+class AuxiliaryOutput(NamedTuple):
+    """What comes with the clipped sum, example by example; None where it was not asked for."""
+
+    values: Any
+    """Losses, [B]."""
+    grad_norms: Any
+    """Over all differentiated arguments, before clipping, [B]."""
+    aux: Any
+    """What the loss returns besides, [B, ...]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundedSensitivityCallable:
+    """A function whose result one example moves by at most `l2_norm_bound`.
+
+    With `has_aux` the result is a pair, and the bound holds for the gradient in it.
+    """
+
+    fun: Callable[..., Any]
+    l2_norm_bound: Any
+    has_aux: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function itself."""
+        return self.fun(*args, **kwargs)
+
+    def sensitivity(self, neighboring_relation: Any = "REPLACE_SPECIAL") -> Any:
+        """How far the sum moves between neighbouring batches, in L2 norm.
+
+        Args:
+          neighboring_relation: a `dp_accounting.NeighboringRelation`, or its name:
+            `"ADD_OR_REMOVE_ONE"` or `"REPLACE_SPECIAL"` (an example becomes zero) give
+            `l2_norm_bound`, `"REPLACE_ONE"` twice that.
+
+        Raises:
+          ValueError: another relation.
+        """
+        name = getattr(neighboring_relation, "name", neighboring_relation)
+        times = {"ADD_OR_REMOVE_ONE": 1, "REPLACE_SPECIAL": 1, "REPLACE_ONE": 2}
+        if name not in times:
+            raise ValueError(
+                f"unknown neighboring_relation, got {neighboring_relation!r}. Use one of"
+                f" {tuple(times)}."
+            )
+        return times[name] * self.l2_norm_bound
+
+
+def _unchanged(grads: Tree) -> Tree:
+    return grads
+
+
+def clipped_grad(
+    fun: Callable,
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    l2_clip_norm: Any,
+    rescale_to_unit_norm: bool = False,
+    normalize_by: float = 1.0,
+    batch_argnums: Argnums = 1,
+    keep_batch_dim: bool = True,
+    return_values: bool = False,
+    return_grad_norms: bool = False,
+    pre_clipping_transform: Callable[[Tree], Tree] = _unchanged,
+    microbatch_size: int | None = None,
+    nan_safe: bool = True,
+    dtype: Any = None,
+    prng_argnum: int | None = None,
+    spmd_axis_name: Any = None,
+    method: Method | Literal["auto"] = "auto",
+) -> BoundedSensitivityCallable:
+    """The sum of clipped per-example gradients, `sum_b min(1, C / |g_b|) g_b`, like `jax.grad`.
+
+    Keywords, defaults and results are those of `jax_privacy.clipping.clipped_grad` 2.0, so that
+    a program which uses it changes the import and nothing else. Gradients are factored here,
+    and clipping costs about what a plain gradient costs.
+
+    Args:
+      fun: the loss, a scalar: `fun(params, batch)`, or with more arguments. By default it sees
+        each example as a batch of one; see `keep_batch_dim`.
+      argnums: which arguments to differentiate.
+      has_aux: whether `fun` returns `(loss, aux)`.
+      l2_clip_norm: C >= 0, a number or a traced scalar, or a tree prefix of the gradient with
+        such entries: each bounds the norm of what is below it.
+      rescale_to_unit_norm: whether to divide clipped gradients by C, so that C and the learning
+        rate are apart. With C = 0 gradients are then of norm 1; with infinity, zero.
+      normalize_by: what the sum is divided by, > 0: the expected batch size, for example.
+      batch_argnums: which arguments hold the examples, on their first axis.
+      keep_batch_dim: whether `fun` sees an example as a batch of one, [1, ...]. With False it
+        sees the example alone, or, in a batch [B, n, ...], the n examples of one user, whose
+        gradient is then clipped as a whole.
+      return_values: whether to return the losses too.
+      return_grad_norms: whether to return the norms before clipping too.
+      pre_clipping_transform: a function of one example's gradient, applied before it is clipped;
+        the result may be another tree. Gradients are then stacked, [B, *shape]: nothing is known
+        of the function.
+      microbatch_size: how many examples are handled at a time, in a `lax.scan`; it must divide
+        B. None: all of them.
+      nan_safe: whether an example whose gradient has NaN or infinity counts as zero. Otherwise
+        it makes those elements of the sum NaN.
+      dtype: of the sum; None: that of the parameters.
+      prng_argnum: the argument that is a random key; each example gets a key split from it.
+      spmd_axis_name: as in `jax.vmap`, for sharding constraints in `fun`.
+      method: as in `per_example.reweighted_grad`: `"one_pass"`, `"two_pass"`, `"vmap"` (stacked),
+        or `"auto"`, by shape.
+
+    Returns:
+      A function of the arguments of `fun`, with `.sensitivity()` and `.l2_norm_bound`. Keyword
+      arguments hold one entry per example, on the first axis. So does `is_padding_example`,
+      [B] of booleans, which `fun` does not see: true for examples that count as zero. It
+      returns the gradient, or `(gradient, AuxiliaryOutput(values, grad_norms, aux))` where
+      `has_aux`, `return_values` or `return_grad_norms` ask for it.
+
+    Raises:
+      ValueError: argument numbers that overlap, are negative or missing; a negative norm;
+        `normalize_by` <= 0; batch sizes that differ or are no multiple of `microbatch_size`; a
+        `method` that cannot do a `pre_clipping_transform`; otherwise as `per_example_grad`.
+      TypeError: an option that jax-privacy 2.0 does not have (it has none that rounds to an
+        integer grid).
+
+    Guarantees:
+      Up to rounding no example moves the sum by more than `l2_norm_bound`, whatever it holds:
+      C / normalize_by, or 1 / normalize_by to unit norm; of several bounds the root of the sum
+      of their squares. What is returned example by example depends on that example alone. The
+      result does not depend on `microbatch_size`: the sum is in float32 at least until the
+      end. A batch of nothing but padding or NaN gives zeros.
+
+    Edge cases:
+      An example with a single NaN counts as zero as a whole; jax-privacy zeroes the elements.
+      Norms are as in `clip_per_example`: in float32 they end at 1e19, and beyond an example
+      counts as not finite. A traced negative C counts as 0. Micro-batches of nothing but padding
+      are not computed, and their values, norms and aux are zero. `"two_pass"` adds up a
+      micro-batch in the dtype of the parameters, and takes a backward pass per bound.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> loss = lambda w, x: 0.5 * jnp.mean((x - w) ** 2)
+      >>> grad = optaxclip.clipped_grad(loss, l2_clip_norm=4.0, return_grad_norms=True)
+      >>> clipped, aux = grad(3.0, jnp.array([0.0, 7.0, -2.0]))
+      >>> print(clipped, aux.grad_norms, grad.sensitivity("REPLACE_ONE"))
+      3.0 [3. 4. 5.] 8.0
+
+    Source: the interface, jax-privacy 2.0 (Apache-2.0); the rule, Abadi et al., arXiv 1607.00133;
+    unit norm, De et al., arXiv 2204.13650.
+    """
+    _check(batch_argnums, l2_clip_norm, normalize_by, microbatch_size)
+    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+    check_method(method)
+    transform = None if pre_clipping_transform is _unchanged else pre_clipping_transform
+    if transform is not None and method not in ("auto", "vmap"):
+        raise ValueError(
+            f"method must be 'vmap' with a pre_clipping_transform, got {method!r}. Pass that or"
+            " 'auto': gradients that go through any function have to be stacked."
+        )
+    clipping = Clipping(l2_clip_norm, rescale_to_unit_norm, transform, nan_safe, dtype, method)
+    with_aux = has_aux or return_values or return_grad_norms
+
+    @functools.wraps(fun)
+    def grad(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
+        call = _bind(fun, options, args, kwargs)
+        call = dataclasses.replace(call, spmd_axis_name=spmd_axis_name)
+        padding = _padding(is_padding_example, call.size)
+        if microbatch_size is not None and call.size % microbatch_size:
+            raise ValueError(
+                f"microbatch_size must divide the batch size {call.size}, got {microbatch_size}."
+                " Pass a divisor, or pad the batch and say so with is_padding_example."
+            )
+        found = clipping.of_batch(call, padding, microbatch_size)
+        grads = jax.tree.map(lambda x: _divided(x, normalize_by), found.sums)
+        if not with_aux:
+            return grads
+        return grads, AuxiliaryOutput(
+            values=found.values if return_values else None,
+            grad_norms=found.grad_norms.astype(jnp.float32) if return_grad_norms else None,
+            aux=unbatched_aux(found.aux, options) if has_aux else None,
+        )
+
+    bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm) / normalize_by
+    return BoundedSensitivityCallable(grad, bound, with_aux)
+
+
+def clipped_value_and_grad(
+    fun: Callable,
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    l2_clip_norm: Any,
+    rescale_to_unit_norm: bool = False,
+    normalize_by: float = 1.0,
+    batch_argnums: Argnums = 1,
+    keep_batch_dim: bool = True,
+    pre_clipping_transform: Callable[[Tree], Tree] = _unchanged,
+    microbatch_size: int | None = None,
+    nan_safe: bool = True,
+    dtype: Any = None,
+    prng_argnum: int | None = None,
+    spmd_axis_name: Any = None,
+    method: Method | Literal["auto"] = "auto",
+) -> BoundedSensitivityCallable:
+    """The losses [B] and the sum of `clipped_grad`, in the order of `jax.value_and_grad`.
+
+    Returns:
+      A function of the arguments of `fun`, which returns `(values, gradient)`, or
+      `((values, aux), gradient)` with `has_aux`. All else is as for `clipped_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> loss = lambda w, x: 0.5 * jnp.mean((x - w) ** 2)
+      >>> fun = optaxclip.clipped_value_and_grad(loss, l2_clip_norm=4.0)
+      >>> print(*fun(3.0, jnp.array([0.0, 7.0, -2.0])))
+      [ 4.5  8.  12.5] 3.0
+    """
+    inner = clipped_grad(
+        fun, argnums, has_aux, return_values=True, l2_clip_norm=l2_clip_norm,
+        rescale_to_unit_norm=rescale_to_unit_norm, normalize_by=normalize_by,
+        batch_argnums=batch_argnums, keep_batch_dim=keep_batch_dim,
+        pre_clipping_transform=pre_clipping_transform, microbatch_size=microbatch_size,
+        nan_safe=nan_safe, dtype=dtype, prng_argnum=prng_argnum, spmd_axis_name=spmd_axis_name,
+        method=method,
+    )  # fmt: skip
+
+    @functools.wraps(fun)
+    def value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        grads, found = inner(*args, **kwargs)
+        return ((found.values, found.aux) if has_aux else found.values), grads
+
+    return BoundedSensitivityCallable(value_and_grad, inner.l2_norm_bound, True)
+
+
+def _check(batch_argnums: Any, l2_clip_norm: Any, normalize_by: Any, microbatch_size: Any) -> None:
+    if isinstance(batch_argnums, Sequence) and not batch_argnums:
+        raise ValueError("Batch Argnums must not be empty, got (). Pass an int.")
+    entries = jax.tree.leaves_with_path(l2_clip_norm)
+    for key_path, bound in entries or [((), l2_clip_norm)]:
+        check_bound(bound, "l2_clip_norm" + jax.tree_util.keystr(key_path), schedule=False)
+    if isinstance(normalize_by, numbers.Real) and not 0 < float(normalize_by) < math.inf:
+        raise ValueError(
+            f"normalize_by must be > 0, got {normalize_by}. Pass for example the batch size."
+        )
+    if microbatch_size is not None and not (
+        isinstance(microbatch_size, int | np.integer) and microbatch_size > 0
+    ):
+        raise ValueError(
+            f"microbatch_size must be a whole number >= 1, got {microbatch_size!r}. Pass None to"
+            " handle all examples at once."
+        )
+
+
+def _bind(fun: Callable, options: Options, args: tuple, kwargs: dict[str, Any]) -> Call:
+    """As `bind`, with keyword arguments that hold one entry per example."""
+    if not kwargs:
+        return bind(fun, options, args, kwargs)
+
+    @functools.wraps(fun)
+    def by_position(*given: Any) -> Any:
+        *rest, named = given
+        if options.keep_batch_dim:  # keyword arguments never have that axis
+            named = jax.tree.map(lambda x: x[0], named)
+        return fun(*rest, **named)
+
+    numbers_ = options.named_argnums["batch_argnums"]
+    more = dataclasses.replace(options, batch_argnums=(*numbers_, len(args)))
+    return bind(by_position, more, (*args, kwargs), {})
+
+
+def _padding(is_padding_example: Any, size: int) -> jax.Array | None:
+    if is_padding_example is None:
+        return None
+    padding = jnp.asarray(is_padding_example)
+    if padding.shape != (size,):
+        raise ValueError(
+            f"is_padding_example must have one entry per example, got shape {padding.shape} for"
+            f" {size} examples. Pass an array of booleans of shape ({size},)."
+        )
+    return padding.astype(bool)
+
+
+def _divided(x: jax.Array, by: Any) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.inexact) or (isinstance(by, numbers.Real) and by == 1):
+        return x
+    return x / jnp.asarray(by, x.dtype)
+
+
+def _norm_bound(l2_clip_norm: Any, to_unit_norm: bool) -> Any:
+    bounds = jax.tree.leaves(l2_clip_norm)
+    bounds = [1.0] * len(bounds) if to_unit_norm else bounds
+    if len(bounds) == 1:
+        return bounds[0]
+    if all(isinstance(c, numbers.Real) for c in bounds):
+        return math.hypot(*bounds)
+    return jnp.sqrt(sum(jnp.square(jnp.maximum(c, 0.0)) for c in bounds))

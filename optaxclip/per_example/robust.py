@@ -1,0 +1,407 @@
+"""Robust aggregators: what one update is when some examples are wrong, not just long.
+
+They share everything but a formula: `_aggregator` checks and measures the gradients, drops what
+is not finite, and keeps the statistics that `clip_per_example` keeps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax.experimental import aggregating
+
+from optaxclip._leaves import Leaves
+from optaxclip._reductions import accumulator, largest
+from optaxclip._statistics import (
+    empty_example_stats,
+    empty_stats,
+    noise_scale_of,
+    record,
+    record_examples,
+)
+from optaxclip.clipping import ClipState
+from optaxclip.learning import check_count
+from optaxclip.norms import Norm
+from optaxclip.per_example.forms import Form
+from optaxclip.per_example.incoming import Incoming, sq_norm, total
+from optaxclip.per_example.safe_norms import root
+from optaxclip.per_example.trees import cast, masked
+from optaxclip.responses import Drop, Rescale, Response
+from optaxclip.thresholds import Context, as_threshold, check_between, check_bound, non_negative
+
+Tree = Any
+Arrays = list[jax.Array]
+_WHOLE = Norm("global")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The gradients of the finite examples; all others are zero."""
+
+    forms: list[Form]
+    """In float32 at least."""
+    norms: jax.Array
+    """[B]; NaN or infinite for the others."""
+    finite: jax.Array
+    """[B]."""
+
+    @property
+    def number(self) -> jax.Array:
+        """How many examples are finite."""
+        return jnp.sum(self.finite).astype(self.norms.dtype)
+
+    @property
+    def sq_norms(self) -> jax.Array:
+        """[B]; zero for the others."""
+        return jnp.where(self.finite, jnp.square(self.norms), 0)
+
+    def sum(self, weights: jax.Array) -> Arrays:
+        """`sum_b c_b g_b`."""
+        return [form.weighted_sum(weights) for form in self.forms]
+
+    def along(self, direction: Arrays) -> jax.Array:
+        """`<g_b, v>` for one v, [B]: the transpose of `sum`, so nothing is stacked."""
+        transposed = jax.linear_transpose(self.sum, jax.typeof(self.norms))
+        return transposed(direction)[0]
+
+    def distances(self, point: Arrays) -> jax.Array:
+        """`|g_b - v|`, [B]."""
+        squares = self.sq_norms - 2 * self.along(point) + sq_norm(point)
+        return root(jnp.maximum(squares, 0))
+
+    def mean_weights(self) -> jax.Array:
+        """[B], that make `sum` the mean."""
+        return jnp.where(self.finite, 1 / jnp.maximum(self.number, 1), 0)
+
+    def sorted(self) -> Arrays:
+        """The gradients stacked, each coordinate in order; infinity in the place of the others."""
+
+        def one(form: Form) -> jax.Array:
+            stacked = form.materialize()
+            finite = self.finite.reshape(-1, *(1,) * (stacked.ndim - 1))
+            return jnp.sort(jnp.where(finite, stacked, jnp.inf), axis=0)
+
+        return [one(form) for form in self.forms]
+
+
+class Answer(NamedTuple):
+    """One update, and what the statistics say of it."""
+
+    update: Arrays
+    memory: Tree = ()
+    norms: jax.Array | None = None
+    """What was compared with the bound, [B]; None: the norms."""
+    bound: Any = jnp.inf
+    response: Response = Rescale()
+    kept: jax.Array | None = None
+    """Examples within the bound; None: those whose norm is."""
+    noise_scale: jax.Array | None = None
+
+
+Rule = Callable[[Batch, Tree, Context], Answer]
+
+
+def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggregator:
+    """Leaves out the examples with the longest gradients and averages the others.
+
+    `1/(N - k) sum_(kept) g_b`, k = floor(fraction N) of N finite examples.
+
+    Args:
+      fraction: the share to leave out, in [0, 1): a number or a traced scalar. With wrong labels,
+        about their share: early in training those are the long gradients.
+      name: how `clip_stats` calls this aggregator.
+
+    Returns:
+      An aggregator, as `clip_per_example` is. Its statistics have the longest kept norm as the
+      bound and the share left out as `clipped_fraction`.
+
+    Raises:
+      ValueError: a fraction out of range; gradients as for `clip_per_example`.
+
+    Guarantees:
+      Factored gradients and stacked ones give equal results, and factored ones are not stacked.
+      An example with NaN or infinity changes nothing but a counter; a batch of them gives zeros.
+
+    Edge cases:
+      Of equal norms, those of the examples that come first are kept.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.trim_by_norm(0.25)
+      >>> grads = jnp.array([[1.0], [2.0], [3.0], [-50.0]])
+      >>> print(tx.update(grads, tx.init(jnp.zeros(1)))[0])
+      [2.]
+
+    Source: folklore; trimmed losses: Shen & Sanghavi, arXiv 1810.11874.
+    """
+    check_between(fraction, "fraction", 0, 1, last=False)
+
+    def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
+        kept_number = batch.number - _share(fraction, batch.number)
+        order = jnp.argsort(jnp.where(batch.finite, batch.norms, jnp.inf))
+        rank = jnp.argsort(order)  # stable: of equal norms the first comes first
+        kept = batch.finite & (rank < kept_number)
+        sums = batch.sum(kept.astype(batch.norms.dtype))
+        divisor = jnp.maximum(kept_number, 1)
+        noise = noise_scale_of(batch.sq_norms, kept, sq_norm(sums))
+        bound = jnp.max(jnp.where(kept, batch.norms, 0))
+        update = [x / divisor.astype(x.dtype) for x in sums]
+        return Answer(update, bound=bound, response=Drop(), kept=kept, noise_scale=noise)
+
+    return _aggregator(name or "trim_by_norm", rule)
+
+
+def centered_clip(
+    max_norm: Any, iterations: int = 1, *, name: str | None = None
+) -> aggregating.Aggregator:
+    """Clips around the last update instead of zero: `v += mean_b clip(g_b - v, c)`.
+
+    Args:
+      max_norm: c >= 0, for the distance from v: a number, a traced scalar, a schedule or a
+        `Threshold` (which sees the distances).
+      iterations: how often, >= 1. Static.
+      name: how `clip_stats` calls this aggregator.
+
+    Returns:
+      An aggregator, as `clip_per_example` is, whose state holds v, the last update, in float32 at
+      least. Norm, factor and `clipped_fraction` are those of the distances in the last iteration.
+
+    Raises:
+      ValueError: a bound that is negative or NaN; iterations < 1; gradients as for
+        `clip_per_example`.
+
+    Guarantees:
+      Factored gradients and stacked ones give equal results, and factored ones are not stacked:
+      `|g - v|^2 = |g|^2 - 2 <g, v> + |v|^2`. An example moves v by at most c / N an iteration. One
+      with NaN or infinity changes nothing but a counter; a batch of them gives zeros and leaves v.
+
+    Edge cases:
+      v is zero at first, so the first iteration clips as `clip_per_example` does. Distances much
+      shorter than the gradients are lost in rounding, below 1e-3 of them in float32.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.centered_clip(1.0, 3)
+      >>> grads = jnp.array([[3.0], [3.2], [2.8], [-50.0]])
+      >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.3f}")
+      1.500
+
+    Source: Karimireddy, He & Jaggi, arXiv 2012.10333.
+    """
+    limit = as_threshold(max_norm, "max_norm")
+    check_count(iterations, "iterations")
+
+    def init(leaves: Leaves, params: Tree) -> Tree:
+        start = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in leaves.arrays]
+        return limit.init(_WHOLE, params), start
+
+    def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
+        limit_state, point = memory
+        distances = batch.distances(point)
+        seen = jnp.where(batch.finite, distances, jnp.nan)
+        bounds, limit_state = limit.bound(context.layout.bundle([seen]), limit_state, context)
+        (bound,) = context.layout.by_slot(non_negative(bounds))
+        for k in range(iterations):
+            distances = batch.distances(point) if k else distances
+            weights = batch.mean_weights() * Rescale().factor(distances, bound)
+            stays = 1 - jnp.sum(weights)
+            moved = zip(point, batch.sum(weights), strict=True)
+            point = [stays.astype(v.dtype) * v + x for v, x in moved]
+        some = jnp.any(batch.finite)
+        measured = jnp.where(batch.finite, distances, batch.norms)
+        return Answer([jnp.where(some, v, 0) for v in point], (limit_state, point), measured, bound)
+
+    return _aggregator(name or "centered_clip", rule, init)
+
+
+def geometric_median(
+    iterations: int = 4, *, eps: Any = 1e-6, name: str | None = None
+) -> aggregating.Aggregator:
+    """The point with the least sum of distances from the gradients, `argmin_z sum_b |g_b - z|`.
+
+    Smoothed Weiszfeld: from the mean on, `z = sum_b w_b g_b / sum_b w_b` with
+    `w_b = 1 / max(|g_b - z|, eps)`.
+
+    Args:
+      iterations: how often, >= 1; each costs as much as two weighted sums. Static.
+      eps: the distance within which a gradient weighs no more, > 0.
+      name: how `clip_stats` calls this aggregator.
+
+    Returns:
+      An aggregator, as `clip_per_example` is; its bound is infinite. The noise scale is that of
+      the gradients as they came in.
+
+    Raises:
+      ValueError: iterations < 1; eps < 0; gradients as for `clip_per_example`.
+
+    Guarantees:
+      Factored gradients and stacked ones give equal results, and factored ones are not stacked:
+      inner products are all it takes. An example with NaN or infinity changes nothing but a
+      counter; a batch of them gives zeros.
+
+    Edge cases:
+      Less than half of the examples, wherever they are, move the median by a bounded amount;
+      four iterations are near it, not at it, when they are far away. Distances much shorter than
+      the gradients are lost in rounding, below 1e-3 of them in float32.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.geometric_median(20)
+      >>> grads = jnp.array([[1.0], [2.0], [3.0], [3.1], [-50.0]])
+      >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.2f}")
+      2.00
+
+    Source: Pillutla, Kakade & Harchaoui (RFA), arXiv 1912.13445, algorithm 2.
+    """
+    check_count(iterations, "iterations")
+    check_bound(eps, "eps", schedule=False)
+
+    def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
+        sums = batch.sum(batch.finite.astype(batch.norms.dtype))
+        noise = noise_scale_of(batch.sq_norms, batch.finite, sq_norm(sums))
+        divisor = jnp.maximum(batch.number, 1)
+        point = [x / divisor.astype(x.dtype) for x in sums]
+        least = jnp.maximum(jnp.asarray(eps).astype(batch.norms.dtype), _tiny(batch.norms))
+        for _ in range(iterations):
+            nearness = jnp.where(batch.finite, 1 / jnp.maximum(batch.distances(point), least), 0)
+            point = batch.sum(nearness / jnp.maximum(jnp.sum(nearness), _tiny(nearness)))
+        return Answer(point, noise_scale=noise)
+
+    return _aggregator(name or "geometric_median", rule)
+
+
+def coordinate_median(*, name: str | None = None) -> aggregating.Aggregator:
+    """The median of each coordinate over the examples.
+
+    Stacks the gradients of all examples, [B, *shape], factored or not: it costs the memory of
+    `vmap(grad)`, and sorts it.
+
+    Args:
+      name: how `clip_stats` calls this aggregator.
+
+    Returns:
+      An aggregator, as `clip_per_example` is; its bound is infinite, its noise scale -1.
+
+    Raises:
+      ValueError: gradients as for `clip_per_example`.
+
+    Guarantees:
+      NumPy's median over the finite examples, that of the two in the middle averaged. An example
+      with NaN or infinity changes nothing but a counter; a batch of them gives zeros.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.coordinate_median()
+      >>> grads = jnp.array([[1.0, 9.0], [2.0, 7.0], [-50.0, 8.0]])
+      >>> print(tx.update(grads, tx.init(jnp.zeros(2)))[0])
+      [1. 8.]
+
+    Source: Yin, Chen, Ramchandran & Bartlett, arXiv 1803.01498, definition 1.
+    """
+
+    def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
+        number = jnp.sum(batch.finite)
+
+        def middle(rows: jax.Array) -> jax.Array:
+            low, high = rows[jnp.maximum(number - 1, 0) // 2], rows[number // 2]
+            return jnp.where(number > 0, (low + high) / 2, 0)
+
+        return Answer([middle(rows) for rows in batch.sorted()])
+
+    return _aggregator(name or "coordinate_median", rule)
+
+
+def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggregating.Aggregator:
+    """The mean of each coordinate without its largest and smallest values.
+
+    Of N finite examples floor(fraction N) are left out at either end. Stacks the gradients of
+    all examples, [B, *shape], factored or not: it costs the memory of `vmap(grad)`, and sorts it.
+
+    Args:
+      fraction: the share to leave out at either end, in [0, 0.5): a number or a traced scalar.
+      name: how `clip_stats` calls this aggregator.
+
+    Returns:
+      An aggregator, as `clip_per_example` is; its bound is infinite, its noise scale -1.
+
+    Raises:
+      ValueError: a fraction out of range; gradients as for `clip_per_example`.
+
+    Guarantees:
+      An example with NaN or infinity changes nothing but a counter; a batch of them gives zeros.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.coordinate_trimmed_mean(0.25)
+      >>> grads = jnp.array([[1.0], [2.0], [4.0], [-50.0]])
+      >>> print(tx.update(grads, tx.init(jnp.zeros(1)))[0])
+      [1.5]
+
+    Source: Yin, Chen, Ramchandran & Bartlett, arXiv 1803.01498, definition 2.
+    """
+    check_between(fraction, "fraction", 0, 0.5, last=False)
+
+    def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
+        ends = _share(fraction, batch.number)
+
+        def mean(rows: jax.Array) -> jax.Array:
+            rank = jnp.arange(len(rows)).reshape(-1, *(1,) * (rows.ndim - 1))
+            inside = (rank >= ends) & (rank < batch.number - ends)
+            divisor = jnp.maximum(batch.number - 2 * ends, 1).astype(rows.dtype)
+            return jnp.sum(jnp.where(inside, rows, 0), axis=0) / divisor
+
+        return Answer([mean(rows) for rows in batch.sorted()])
+
+    return _aggregator(name or "coordinate_trimmed_mean", rule)
+
+
+def _aggregator(
+    name: str, rule: Rule, init: Callable[[Leaves, Tree], Tree] = lambda leaves, params: ()
+) -> aggregating.Aggregator:
+    """The aggregator of a rule: checks, norms, what is not finite, statistics."""
+
+    def init_fn(params: Tree) -> ClipState:
+        leaves = _WHOLE.leaves(params)
+        stats = empty_stats(_WHOLE, _WHOLE.layout(leaves))._replace(examples=empty_example_stats())
+        return ClipState(name, stats, init(leaves, params))
+
+    def update_fn(
+        updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, ClipState]:
+        incoming = Incoming.of(updates, params)
+        leaves = _WHOLE.leaves(incoming.like)
+        layout = _WHOLE.layout(leaves)
+        forms = [incoming.forms[i] for i in leaves.positions]
+        norms = root(total([form.sq_norm() for form in forms], incoming.size))
+        finite = jnp.isfinite(norms)
+        wide = [cast(masked(form, finite), accumulator(form.dtype)) for form in forms]
+        context = Context(state.stats.count, _WHOLE, layout, leaves, params, extra_args)
+        answer = rule(Batch(wide, norms, finite), state.threshold_state, context)
+
+        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
+            """What becomes of an example's norm."""
+            return jnp.where(jnp.isfinite(norm), norm * answer.response.factor(norm, bound), 0.0)
+
+        measured = norms if answer.norms is None else answer.norms
+        bound = jnp.asarray(answer.bound, measured.dtype)
+        worst, bounds = layout.bundle([largest(measured)]), layout.bundle([bound])
+        stats = record(state.stats, layout, worst, bounds, answer.response, clip_norm)
+        beyond = ~(measured <= bound) if answer.kept is None else ~answer.kept
+        stats = record_examples(stats, norms, finite, beyond, answer.noise_scale)
+        sums = incoming.zeros()
+        for i, x in zip(leaves.positions, answer.update, strict=True):
+            sums[i] = x.astype(incoming.forms[i].dtype)
+        return incoming.update(sums), ClipState(state.name, stats, answer.memory)
+
+    return aggregating.Aggregator(init_fn, update_fn)
+
+
+def _share(fraction: Any, number: jax.Array) -> jax.Array:
+    """`floor(fraction N)`; the product of a fraction such as 0.7 may be just below its integer."""
+    return jnp.floor(jnp.asarray(fraction).astype(number.dtype) * number + 1e-3)
+
+
+def _tiny(x: jax.Array) -> Any:
+    return jnp.finfo(x.dtype).tiny

@@ -1,0 +1,93 @@
+"""One bound for the whole, divided among leaves, units or labels so that together they keep it."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from optaxclip._leaves import Tree
+from optaxclip.norms import Bundles, Norm
+from optaxclip.thresholds import Context, Given, Threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """`C sqrt(share)`, with shares that add up to 1."""
+
+    whole: Given
+    shares: Literal["even", "size"]
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        return self.whole.init(norm, params)
+
+    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
+        if not norms:
+            return norms, state
+        layout = context.layout
+        bounds, state = self.whole.bound(norms, state, context)
+        units = [math.prod(shape) for shape in layout.unit_shapes]
+        if self.shares == "even":
+            sizes = [1.0] * len(units)
+        else:
+            counts = [x.size for x in context.updates.arrays]
+            whole = [sum(counts[i] for i in members) for members in layout.members]
+            sizes = [size / number for size, number in zip(whole, units, strict=True)]
+        total = sum(size * number for size, number in zip(sizes, units, strict=True))
+        c = bounds[0]
+        return layout.bundle([c * math.sqrt(size / max(total, 1)) for size in sizes]), state
+
+
+def split_evenly(max_norm: Any) -> Threshold:
+    """A bound for each of K groups, `C / sqrt(K)`, so that the whole has norm <= C.
+
+    For any clipper of leaves, units or labels, per example or not.
+
+    Args:
+      max_norm: C >= 0: a number, a traced scalar or a schedule.
+
+    Returns:
+      A `Threshold`, in the place of a bound.
+
+    Raises:
+      ValueError: C is negative or NaN.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_per_example(optaxclip.split_evenly(1.0), by="leaf")
+      >>> grads = {"w": jnp.full((1, 100), 9.0), "b": jnp.full((1, 1), 9.0)}
+      >>> state = tx.update(grads, tx.init({"w": jnp.zeros(100), "b": jnp.zeros(1)}))[1]
+      >>> print(optaxclip.clip_stats(state)["clip_per_example"].groups.threshold.round(3))
+      [0.707 0.707]
+
+    Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963 (per-layer clipping).
+    """
+    return Split(Given(max_norm, "max_norm"), "even")
+
+
+def split_by_size(max_norm: Any) -> Threshold:
+    """A bound for each group by its size, `C sqrt(D_i / D)`, so that the whole has norm <= C.
+
+    D_i is the number of elements of the group (of one unit, for units), D that of all.
+
+    Args:
+      max_norm: C >= 0: a number, a traced scalar or a schedule.
+
+    Returns:
+      A `Threshold`, in the place of a bound.
+
+    Raises:
+      ValueError: C is negative or NaN.
+
+    Edge cases:
+      Inside `jax.shard_map` it goes by the sizes that one device holds.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_per_example(optaxclip.split_by_size(1.0), by="leaf")
+      >>> grads = {"w": jnp.full((1, 99), 9.0), "b": jnp.full((1, 1), 9.0)}
+      >>> state = tx.update(grads, tx.init({"w": jnp.zeros(99), "b": jnp.zeros(1)}))[1]
+      >>> print(optaxclip.clip_stats(state)["clip_per_example"].groups.threshold)
+      [0.1 0.994...]
+
+    Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963 (per-layer clipping).
+    """
+    return Split(Given(max_norm, "max_norm"), "size")

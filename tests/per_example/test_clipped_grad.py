@@ -1,0 +1,324 @@
+"""`clipped_grad` against jax-privacy over models and options, and what it guarantees besides."""
+
+import itertools
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from agreement import close, normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
+
+import optaxclip
+from optaxclip import clipped_grad, clipped_value_and_grad
+from optaxclip.per_example import AuxiliaryOutput
+from optaxclip.per_example._reference import stacked_grads
+
+# jax-privacy 2.0 calls a name that optax has renamed since.
+pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
+
+B = 6
+METHODS = ("auto", "one_pass", "two_pass", "vmap")
+
+
+def loss(params, batch, shift=0.0):
+    """Layers with a bias each, the first weights used twice; sees a batch, or one example."""
+    h = batch["x"]
+    for layer in params["layers"]:
+        h = jnp.tanh(h @ layer["w"] + layer["b"])
+    out = h @ params["layers"][-1]["w"].T * params["scale"]
+    return jnp.mean((out.sum(-1) - batch["y"] - shift) ** 2)
+
+
+def loss_and_aux(params, batch, shift=0.0):
+    return loss(params, batch, shift), {"mean": jnp.mean(batch["x"], axis=-1), "y": batch["y"]}
+
+
+def model(widths, seed=0):
+    pairs = itertools.pairwise(widths)
+    layers = [
+        {"w": normal(seed + i, a, b), "b": normal(seed + 10 * i, b)}
+        for i, (a, b) in enumerate(pairs, 1)
+    ]
+    return {"layers": layers, "scale": jnp.asarray(3.0)}
+
+
+def data(width, seed=0):
+    return {"x": normal(seed, B, width), "y": normal(seed + 1, B)}
+
+
+@pytest.fixture
+def params():
+    return model((4, 3))
+
+
+@pytest.fixture
+def batch():
+    return data(4)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "l2_clip_norm": st.sampled_from([0.0, 0.7, 5.0, float("inf")]),
+        "rescale_to_unit_norm": st.booleans(),
+        "normalize_by": st.sampled_from([1.0, 6.0]),
+        "has_aux": st.booleans(),
+        "keep_batch_dim": st.booleans(),
+        "return_values": st.booleans(),
+        "return_grad_norms": st.booleans(),
+        "microbatch_size": st.sampled_from([None, 1, 2, 3, 6]),
+        "nan_safe": st.booleans(),
+        "dtype": st.sampled_from([None, jnp.float32]),
+    }
+)
+
+
+@settings(max_examples=15)
+@given(
+    options=OPTIONS,
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=3),
+    padding=st.none() | st.lists(st.booleans(), min_size=B, max_size=B),
+    method=st.sampled_from(METHODS),
+)
+def test_equals_jax_privacy(options, widths, padding, method):
+    fun = loss_and_aux if options["has_aux"] else loss
+    params, batch = model(widths), data(widths[0])
+    named = {} if padding is None else {"is_padding_example": jnp.array(padding)}
+    ours = clipped_grad(fun, **options, method=method)
+    theirs = privacy_clipped_grad(fun, **options)
+    found, expected = ours(params, batch, **named), theirs(params, batch, **named)
+    assert (ours.l2_norm_bound, ours.has_aux) == (theirs.l2_norm_bound, theirs.has_aux)
+    tol = 1e-6 if options["dtype"] else 1e-9
+    if not ours.has_aux:
+        return close(found, expected, tol)
+    close(found[0], expected[0], tol)
+    assert isinstance(found[1], AuxiliaryOutput)
+    assert found[1]._fields == expected[1]._fields
+    computed = np.ones(B, bool)  # of micro-batches of padding alone nothing is returned
+    if padding is not None and options["microbatch_size"]:
+        parts = np.reshape(padding, (options["microbatch_size"], -1))
+        computed = np.broadcast_to(~parts.all(0), parts.shape).reshape(B)
+    for name, x, y in zip(found[1]._fields, *(aux[1] for aux in (found, expected)), strict=True):
+        x, y = (jax.tree.map(lambda a: np.asarray(a, float)[computed], tree) for tree in (x, y))
+        close(x, y, 1e-6 if name == "grad_norms" else 1e-9)
+    return None
+
+
+def test_several_arguments_keys_and_keyword_arguments_equal_jax_privacy():
+    def fun(w, x, scale, key, b, shift):
+        assert x.shape == (1, 4)
+        assert shift.shape == ()
+        drawn = jax.random.normal(key, (4,))
+        return jnp.sum((x * drawn @ w["w"] + b) ** 2) * scale + shift * b.sum(), x[:, :1]
+
+    args = ({"w": normal(0, 4, 2)}, normal(1, B, 4), 0.5, jax.random.key(0), normal(2, 2))
+    options = {
+        "argnums": (0, 4), "batch_argnums": 1, "prng_argnum": 3, "has_aux": True,
+        "l2_clip_norm": 2.0, "return_grad_norms": True, "microbatch_size": 2,
+    }  # fmt: skip
+    found = clipped_grad(fun, **options)(*args, shift=normal(3, B))
+    expected = privacy_clipped_grad(fun, **options)(*args, shift=normal(3, B))
+    close(found[0], expected[0], 1e-10)
+    close(tuple(found[1])[1:], (expected[1].grad_norms.astype("float32"), expected[1].aux), 1e-6)
+    assert float(jnp.ptp(found[1].grad_norms)) > 0
+
+
+def test_users_are_clipped_as_a_whole(params):
+    users = {"x": normal(0, B, 5, 4), "y": normal(1, B, 5)}
+    options = {"l2_clip_norm": 3.0, "keep_batch_dim": False, "return_grad_norms": True}
+    found, _ = clipped_grad(loss, **options)(params, users)
+    expected, same = privacy_clipped_grad(loss, **options)(params, users)
+    close(found, expected, 1e-10)
+    assert np.any(same.grad_norms > 3.0)
+
+
+def test_a_transform_equals_jax_privacy_and_may_change_the_tree(params, batch):
+    def transform(grad):
+        return {"first": grad["layers"][0]["w"] * 0.1, "scale": jnp.tanh(grad["scale"])}
+
+    options = {"pre_clipping_transform": transform, "l2_clip_norm": 0.5, "return_grad_norms": True}
+    for size in (None, 2):
+        found = clipped_grad(loss, microbatch_size=size, **options)(params, batch)
+        expected = privacy_clipped_grad(loss, microbatch_size=size, **options)(params, batch)
+        close(found[0], expected[0], 1e-10)
+        np.testing.assert_allclose(found[1].grad_norms, expected[1].grad_norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("unit", [False, True])
+def test_a_prefix_tree_bounds_each_subtree(method, unit, params, batch):
+    bounds = {"layers": 2.0, "scale": 0.1}
+    fun = clipped_grad(loss, l2_clip_norm=bounds, rescale_to_unit_norm=unit, method=method)
+    grads = stacked_grads(lambda p, b: loss(p, b), params, batch)
+    expected = {}
+    for name, c in bounds.items():
+        squares = [np.sum(np.reshape(g, (B, -1)) ** 2, 1) for g in jax.tree.leaves(grads[name])]
+        factor = np.minimum(1, c / np.sqrt(sum(squares))) / (c if unit else 1)
+        assert np.any(np.sqrt(sum(squares)) > c), "the test would pass without clipping"
+        expected[name] = jax.tree.map(lambda g, f=factor: jnp.tensordot(f, g, 1), grads[name])
+    close(fun(params, batch), expected, 1e-10)
+    assert fun.l2_norm_bound == pytest.approx(np.sqrt(2) if unit else np.hypot(2.0, 0.1))
+
+
+BAD = {"nan": np.nan, "infinite": np.inf, "too long for float32": 1e30}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_example_counts_as_zero(method, kind, params, batch):
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    params, batch = cast(params), cast(batch)
+    bad = {**batch, "y": batch["y"].at[2].set(BAD[kind])}
+    fun = jax.jit(clipped_grad(loss, l2_clip_norm=1.0, method=method, return_grad_norms=True))
+    found, aux = fun(params, bad)
+    expected, _ = fun(params, batch, is_padding_example=jnp.arange(B) == 2)
+    close(found, expected, 1e-6)
+    assert not np.isfinite(aux.grad_norms[2])
+    nothing, _ = fun(params, {**batch, "y": batch["y"] * BAD[kind]})
+    assert not any(map(np.any, jax.tree.leaves(nothing)))
+
+
+def test_without_nan_safe_a_bad_example_shows(params, batch):
+    bad = {**batch, "y": batch["y"].at[2].set(np.nan)}
+    found = clipped_grad(loss, l2_clip_norm=1.0, nan_safe=False)(params, bad)
+    assert np.isnan(found["scale"])
+
+
+def test_no_example_moves_the_sum_further_than_the_sensitivity(params, batch):
+    """Removing and replacing examples, each as bad as it gets."""
+    fun = clipped_grad(loss, l2_clip_norm=0.8, normalize_by=2.0)
+    total, rest = fun(params, batch), jax.tree.map(lambda x: x[1:], batch)
+    one_less = optax.tree.norm(jax.tree.map(jnp.subtract, total, fun(params, rest)))
+    opposed = jax.tree.map(lambda x: x.at[0].multiply(-5.0), batch)
+    replaced = optax.tree.norm(jax.tree.map(jnp.subtract, total, fun(params, opposed)))
+    relations = dp_accounting.NeighboringRelation
+    assert 0.399 < one_less <= fun.sensitivity(relations.ADD_OR_REMOVE_ONE) + 1e-12
+    assert fun.sensitivity(relations.ADD_OR_REMOVE_ONE) == fun.sensitivity() == 0.4
+    assert 0.4 < replaced <= fun.sensitivity(relations.REPLACE_ONE) + 1e-12
+    assert fun.sensitivity(relations.REPLACE_ONE) == 0.8
+    with pytest.raises(ValueError, match="unknown neighboring_relation, got 'SWAP'"):
+        fun.sensitivity("SWAP")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_are_added_in_float32_in_any_micro_batch(dtype):
+    """64 ones and 64 of 2^-8: in bfloat16 itself the small ones would be lost."""
+    x = jnp.concatenate([jnp.ones((64, 1)), jnp.full((64, 1), 2.0**-8)]).astype(dtype)
+    fun = lambda w, x: jnp.sum(w * x)  # noqa: E731
+    for size in (None, 1, 32):
+        grad = clipped_grad(fun, l2_clip_norm=10.0, microbatch_size=size, dtype=jnp.float32)
+        found = jax.jit(grad)(jnp.ones(1, dtype), x)
+        assert (found.dtype, found[0]) == (jnp.float32, 64.25)
+        narrow = clipped_grad(fun, l2_clip_norm=10.0, microbatch_size=size)
+        narrow = jax.jit(narrow)(jnp.ones(1, dtype), x)
+        assert (narrow.dtype, narrow[0]) == (dtype, jnp.asarray(64.25, dtype))
+
+
+def test_micro_batches_bound_the_memory():
+    """The largest array of the jaxpr is that of a micro-batch."""
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    w, x = jnp.ones((20, 30)), jnp.ones((64, 2, 20))
+
+    def largest(size):
+        grad = clipped_grad(fun, l2_clip_norm=1.0, microbatch_size=size, method="vmap")
+        return jax.jit(grad).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert largest(8) < largest(None) / 4
+
+
+def test_gradients_stay_factored():
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    jaxpr = jax.make_jaxpr(clipped_grad(fun, l2_clip_norm=1.0))(
+        jnp.ones((30, 40)), jnp.ones((8, 2, 30))
+    )
+    assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) < 8 * 30 * 40
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_spmd_axis_name_reaches_sharding_constraints(method):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def fun(w, x):
+        return jnp.sum(jax.lax.with_sharding_constraint(x @ w, whole) ** 2)
+
+    def lowered(name):
+        grad = clipped_grad(
+            fun, l2_clip_norm=1.0, keep_batch_dim=False, spmd_axis_name=name, method=method
+        )
+        return jax.jit(grad).lower(jnp.ones((3, 2)), jnp.ones((8, 3))).as_text()
+
+    assert '@mesh, [{"data"}, {}]' in lowered("data")
+    assert '@mesh, [{"data"}, {}]' not in lowered(None)
+
+
+def test_value_and_grad_are_in_the_order_of_jax(params, batch):
+    options = {"l2_clip_norm": 1.0, "microbatch_size": 3}
+    grads, aux = clipped_grad(loss_and_aux, has_aux=True, return_values=True, **options)(
+        params, batch
+    )
+    both = clipped_value_and_grad(loss_and_aux, has_aux=True, **options)
+    close(both(params, batch), ((aux.values, aux.aux), grads), 1e-12)
+    plain = clipped_value_and_grad(loss, **options)
+    close(plain(params, batch), (aux.values, grads), 1e-12)
+    assert plain.sensitivity("REPLACE_ONE") == 2.0
+
+
+def test_equals_clip_per_example(params, batch):
+    tx = optaxclip.clip_per_example(0.8, mean=3.0)
+    grads = optaxclip.per_example_grad(loss)(params, batch)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    fun = clipped_grad(loss, l2_clip_norm=0.8, normalize_by=3.0, keep_batch_dim=False)
+    close(fun(params, batch), updates, 1e-12)
+
+
+def test_the_norm_may_be_traced_and_negative(params, batch):
+    fun = jax.jit(lambda c: clipped_grad(loss, l2_clip_norm=c)(params, batch))
+    close(fun(0.8), clipped_grad(loss, l2_clip_norm=0.8)(params, batch), 1e-6)
+    assert not any(map(np.any, jax.tree.leaves(fun(-1.0))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"l2_clip_norm": -1.0}, "l2_clip_norm must be >= 0, got -1.0"),
+        ({"l2_clip_norm": {"scale": -2.0}}, r"l2_clip_norm\['scale'\] must be >= 0, got -2.0"),
+        ({"normalize_by": 0.0}, "normalize_by must be > 0, got 0.0"),
+        ({"microbatch_size": 0}, "microbatch_size must be a whole number >= 1, got 0"),
+        ({"batch_argnums": ()}, "Batch Argnums must not be empty"),
+        ({"batch_argnums": 0}, "must not overlap, got 0 in argnums and in batch_argnums"),
+        ({"batch_argnums": -1}, "batch_argnums must be >= 0, got -1"),
+        ({"method": "fast"}, "unknown method, got 'fast'"),
+        (
+            {"method": "one_pass", "pre_clipping_transform": abs},
+            "method must be 'vmap' with a pre_clipping_transform, got 'one_pass'",
+        ),
+    ],
+)
+def test_options_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        clipped_grad(loss, **{"l2_clip_norm": 1.0, **arguments})
+
+
+def test_options_of_other_versions_are_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'integer_grid'"):
+        clipped_grad(loss, l2_clip_norm=1.0, integer_grid=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "message"),
+    [
+        ({"microbatch_size": 4}, {}, "must divide the batch size 6, got 4"),
+        ({}, {"is_padding_example": jnp.zeros(5, bool)}, r"got shape \(5,\) for 6 examples"),
+        ({}, {"shift": 1.0}, "first axis, got a scalar at shift"),
+        ({"l2_clip_norm": {"layers": 1.0}}, {}, "l2_clip_norm must be a tree prefix"),
+    ],
+)
+def test_calls_are_checked(options, named, message, params, batch):
+    with pytest.raises(ValueError, match=message):
+        clipped_grad(loss, **{"l2_clip_norm": 1.0, **options})(params, batch, **named)
