@@ -8,9 +8,9 @@ back to forms, by the rules of the `registry` and, through code on parameters al
 and `isometries`. `forms` are the gradients; `layout` and `contractions` are what they stand on,
 `trees` and `safe_norms` sum over them.
 
-On top of that stand the aggregators (`aggregators`, `robust`; `incoming` checks what they are given,
-`quantile` is a threshold for them), the function transformation `clipped_grad` (`clipped_sum` does
-its work), and `moments`.
+On top of that stand the aggregators (`aggregators`, `robust`; `incoming` checks what they are
+given, `quantile` is a threshold for them), the function transformation `clipped_grad`
+(`clipped_sum` does its work), and `moments`.
 """
 
 from optaxclip.per_example.aggregators import clip_per_example as clip_per_example
