@@ -15,7 +15,7 @@ long enough learns the wrong labels in the end, as the curves show, only later. 
 go of what it cannot fit (PHuber) does better, and so does trimming if you know how much to trim.
 How long "long enough" is depends on the settings. With the pixels standardised instead of divided
 by 16 the same 1500 steps suffice: at 40 % noise per-example clipping then ends at 66.0 %, behind
-global clipping with 69.5 %, though it was ahead for the first 700 steps or so.
+global clipping with 69.5 %, having been ahead up to about step 1000.
 
     python examples/label_noise.py           # 60 runs, 1.5 minutes on 2 cores
     python examples/label_noise.py --quick   # two noise levels, one seed, shorter: 10 seconds
