@@ -13,6 +13,9 @@ one by one, these weigh no more than the others, and the majority decides; the n
 gradient says nothing about any of them. It is no cure: a model that is large enough and is trained
 long enough learns the wrong labels in the end, as the curves show, only later. A loss that lets
 go of what it cannot fit (PHuber) does better, and so does trimming if you know how much to trim.
+How long "long enough" is depends on the settings. With the pixels standardised instead of divided
+by 16 the same 1500 steps suffice: at 40 % noise per-example clipping then ends at 66.0 %, behind
+global clipping with 69.5 %, having been ahead up to about step 1000.
 
     python examples/label_noise.py           # 60 runs, 1.5 minutes on 2 cores
     python examples/label_noise.py --quick   # two noise levels, one seed, shorter: 10 seconds

@@ -301,3 +301,27 @@ def test_noise_scale_at_its_ends(rows, expected):
     tx = clip_per_example(10.0)
     _, state = tx.update(jnp.array(rows), tx.init(jnp.zeros(2)))
     assert state.stats.examples.noise_scale == expected
+
+
+def test_automatic_clipping_needs_no_bound_beside_the_learning_rate(params, batch):
+    """AUTO-S with (lr, R) is that with (lr R, 1): exactly, as R is a power of two."""
+
+    def train(learning_rate, bound):
+        tx = optax.chain(clip_per_example(bound, response="automatic"), optax.sgd(learning_rate))
+        now, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(per_example_grad(loss)(now, batch), state, now)
+            now = optax.apply_updates(now, updates)
+        return now
+
+    for x, y in zip(*map(jax.tree.leaves, (train(0.1, 4.0), train(0.4, 1.0))), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert np.any(train(0.1, 4.0)["w"] != train(0.1, 1.0)["w"])
+
+
+def test_nothing_but_padding_gives_zeros(params, batch):
+    grads = masked(per_example_grad(loss)(params, batch), jnp.zeros(SIZE, bool))
+    for response in RESPONSES:
+        found, state = aggregate(clip_per_example(1.0, response=response), grads, params)
+        assert not any(map(np.any, jax.tree.leaves(found)))
+        assert state.stats.examples == (0, 0, 0, 0, 0, 0)

@@ -93,7 +93,7 @@ def test_equals_jax_privacy(options, widths, padding, method):
     theirs = privacy_clipped_grad(fun, **options)
     found, expected = ours(params, batch, **named), theirs(params, batch, **named)
     assert (ours.l2_norm_bound, ours.has_aux) == (theirs.l2_norm_bound, theirs.has_aux)
-    tol = 1e-6 if options["dtype"] else 1e-9
+    tol = 1e-5 if options["dtype"] else 1e-9  # theirs adds in float32 then
     if not ours.has_aux:
         return close(found, expected, tol)
     close(found[0], expected[0], tol)
