@@ -119,7 +119,8 @@ def _systems(work: models.Workload) -> dict[str, Callable[[Any, Any], Any]]:
 
     systems: dict[str, Callable[[Any, Any], Any]] = {PLAIN: plain, AGAIN: plain}
     for method in METHODS:
-        systems[method] = reweighted_grad(work.loss, weights, method=method)
+        size: Any = "auto" if method == "auto" else None
+        systems[method] = reweighted_grad(work.loss, weights, method=method, microbatch_size=size)
     if privacy_clipped_grad is not None:
         examples = len(jax.tree.leaves(work.batch)[0])
         for size in (size for size in MICROBATCHES if size is None or examples % size == 0):

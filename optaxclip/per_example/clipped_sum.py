@@ -14,6 +14,7 @@ from optaxclip.per_example.arguments import Call
 from optaxclip.per_example.costs import Method
 from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.incoming import Incoming, total
+from optaxclip.per_example.microbatches import accumulated
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.schedules import scheduled, second_pass
 from optaxclip.per_example.trees import cast, masked, materialize, sq_norms
@@ -54,21 +55,18 @@ class Clipping:
             part = run(call.batch, padding)
             return part._replace(sums=self._as_asked(part.sums, likes[0]))
 
-        inputs = jax.tree.map(functools.partial(_split, size=size), (call.batch, padding))
-        once = jax.jit(run)  # traced once, for its shapes and for the loop
-        shapes = jax.eval_shape(once, *jax.tree.map(lambda x: x[0], inputs))
-
-        def step(sums: Tree, inputs: tuple[list[jax.Array], Any]) -> tuple[Tree, Clipped]:
+        def some(inputs: tuple[list[jax.Array], Any]) -> tuple[Tree, Clipped]:
             batch, padding = inputs
             if padding is None:
-                part = once(batch, padding)
+                part = run(batch, padding)
             else:  # nothing is computed for a micro-batch of padding alone
+                shapes = jax.eval_shape(run, batch, padding)
                 zeros = functools.partial(jax.tree.map, _zeros, shapes)
-                part = jax.lax.cond(jnp.all(padding), zeros, lambda: once(batch, padding))
-            return jax.tree.map(jnp.add, sums, part.sums), part._replace(sums=())
+                part = jax.lax.cond(jnp.all(padding), zeros, lambda: run(batch, padding))
+            return part.sums, part._replace(sums=())
 
-        sums, parts = jax.lax.scan(step, jax.tree.map(_zeros, shapes.sums), inputs)
-        return jax.tree.map(_join, parts)._replace(sums=self._as_asked(sums, likes[0]))
+        sums, parts = accumulated(some, (call.batch, padding), size)
+        return parts._replace(sums=self._as_asked(sums, likes[0]))
 
     def _of_part(
         self, call: Call, likes: list[Tree], batch: list[jax.Array], padding: jax.Array | None
@@ -160,16 +158,6 @@ def _without_dropped(call: Call, keep: jax.Array | None) -> Call:
         return call
     places = jnp.where(keep, jnp.arange(call.size), jnp.argmax(keep))
     return dataclasses.replace(call, batch=[x[places] for x in call.batch])
-
-
-def _split(x: jax.Array, size: int) -> jax.Array:
-    """`[B, ...]` -> `[n, size, ...]`, every n-th together, so that a sharded batch stays put."""
-    return x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(parts: jax.Array) -> jax.Array:
-    """Back from `_split`."""
-    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
 def _zeros(x: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """What the schedules cost, estimated from shapes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -52,6 +53,18 @@ class Costs:
         faster: Method = "vmap" if moving < self.norm_flops else "one_pass"
         plain = self.parameter_bytes + self.residual_bytes
         return min(held, key=held.__getitem__) if held[faster] > _TOO_MUCH * plain else faster
+
+    @property
+    def parts(self) -> int:
+        """Into how many micro-batches to cut a batch taken in one pass.
+
+        As many as bring what the forms hold down to what a plain gradient holds. Each part adds
+        a sum like the parameters to a total, so large parameters are not worth it.
+        """
+        held = self.factor_bytes if self.method == "one_pass" else 0
+        if held <= self.residual_bytes or held < 4 * self.parameter_bytes:
+            return 1
+        return math.ceil(held / self.residual_bytes)
 
 
 def costs_of(call: Call, forms: Sequence[Form]) -> Costs:

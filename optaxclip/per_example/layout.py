@@ -72,7 +72,7 @@ class Layout:
         split = blocks.reshape(*lead, *(self.named[a] for a in order))
         back = [len(lead) + order.index(a) for a in range(len(order))]
         part = split.transpose(*range(len(lead)), *back).astype(self.dtype)
-        return part.reshape(*lead, *self.part_shape)
+        return part.reshape((*lead, *self.part_shape))  # of float0 NumPy, which wants a tuple
 
     def from_parameter(self, stacked: jax.Array) -> jax.Array:
         """`[..., *shape]` -> `[..., K, I, O]`."""

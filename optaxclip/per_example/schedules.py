@@ -3,6 +3,7 @@
 The weights may depend on the norms: clipping is `c_b = min(1, max_norm / |g_b|)`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -10,12 +11,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from optaxclip._reductions import accumulator
 from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
-from optaxclip.per_example.costs import Method, costs_of, total_loss
+from optaxclip.per_example.costs import Costs, Method, costs_of, total_loss
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.forms import Dense, Form, zero_like
 from optaxclip.per_example.gradients import factored
-from optaxclip.per_example.trees import sq_norms, weighted_sum
+from optaxclip.per_example.microbatches import accumulated, check_size
+from optaxclip.per_example.trees import cast, sq_norms, weighted_sum
 
 Tree = Any
 Weights = Callable[[jax.Array], jax.Array]
@@ -42,6 +45,7 @@ def reweighted_grad(
     argnums: Argnums = 0,
     *,
     method: Method | Literal["auto"] = "auto",
+    microbatch_size: int | Literal["auto"] | None = None,
     batch_argnums: Argnums = 1,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
@@ -58,6 +62,10 @@ def reweighted_grad(
         `"two_pass"`: norms from factored gradients, then the gradient of `sum_b c_b loss_b`:
         a second forward and backward pass. `"vmap"`: the gradients of all examples, stacked.
         `"auto"`: one pass or stacked, by bytes and operations estimated from shapes.
+      microbatch_size: how many examples to take at a time, in a `lax.scan`: a divisor of B. What
+        is held is then that of so many examples, and `weights` sees so many at a time. `"auto"`:
+        all, unless one pass would hold more than a plain gradient by far, as under
+        `jax.checkpoint`. None: all.
       batch_argnums: which arguments hold the examples.
       has_aux: whether `fun` returns `(loss, aux)`.
       keep_batch_dim: whether `fun` sees an example as a batch of one.
@@ -68,7 +76,8 @@ def reweighted_grad(
       A function of the arguments of `fun`, which returns a `Reweighted`.
 
     Raises:
-      ValueError: unknown method; weights that are not [B]; otherwise as `per_example_grad`.
+      ValueError: unknown method; weights that are not [B]; a micro-batch size that does not
+        divide B; otherwise as `per_example_grad`.
 
     Guarantees:
       All methods give the same numbers to rounding. Under `jit`, what a method does not need
@@ -92,17 +101,49 @@ def reweighted_grad(
     @functools.wraps(fun)
     def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
         call = bind(fun, options, args, kwargs)
-        chosen, losses, aux, forms = scheduled(call, method)
-        grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
-        if strict and chosen != "vmap":
-            refuse_fallbacks(grads)
-        squares = sq_norms(grads)
-        c = jax.lax.stop_gradient(weights(squares))
-        _check_weights(c, call.size)
-        total = second_pass(call, c) if chosen == "two_pass" else weighted_sum(grads, c)
+
+        def part(batch: list[Any]) -> tuple[list[Any], Any]:
+            some = dataclasses.replace(call, batch=batch)
+            chosen, losses, aux, forms = scheduled(some, method)
+            if strict and chosen != "vmap":
+                refuse_fallbacks(call.like_params(forms, lambda leaf: zero_like(leaf, some.size)))
+            squares = sq_norms(forms)
+            c = jax.lax.stop_gradient(weights(squares))
+            _check_weights(c, some.size)
+            if chosen == "two_pass":
+                return _second_sums(some, c), (losses, squares, c, aux)
+            wide = [cast(form, _wide(form.dtype)) for form in forms]
+            return weighted_sum(wide, c), (losses, squares, c, aux)
+
+        size = _microbatch_size(call, method, microbatch_size)
+        run = part if size is None else functools.partial(accumulated, part, size=size)
+        sums, (losses, squares, c, aux) = run(call.batch)
+        sums = [x.astype(p.dtype) for x, p in zip(sums, call.params, strict=True)]
+        total = call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(c))
         return Reweighted(total, losses, squares, c, unbatched_aux(aux, options))
 
     return reweighted
+
+
+def _microbatch_size(
+    call: Call, method: Method | Literal["auto"], asked: int | Literal["auto"] | None
+) -> int | None:
+    """How many examples to take at a time; None for all."""
+    if asked is None:
+        return None
+    if asked != "auto":
+        check_size(asked, call.size)
+        return asked
+    if method not in ("auto", "one_pass"):
+        return None
+    found: list[Costs] = []
+    jax.eval_shape(lambda: found.append(costs_of(call, factored(call)[2])))
+    parts = found[0].parts
+    return max(d for d in range(1, call.size + 1) if call.size % d == 0 and d * parts <= call.size)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(accumulator(dtype), dtype)
 
 
 def check_method(method: Any) -> None:
@@ -136,8 +177,12 @@ def _stacked(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
 
 def second_pass(call: Call, weights: jax.Array) -> Tree:
     """The gradient of the reweighted loss."""
-    grads = jax.grad(total_loss(call, weights))(call.params, call.batch)
-    return call.like_params(grads, lambda leaf: zero_like(leaf, call.size).weighted_sum(weights))
+    sums = _second_sums(call, weights)
+    return call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(weights))
+
+
+def _second_sums(call: Call, weights: jax.Array) -> list[jax.Array]:
+    return jax.grad(total_loss(call, weights))(call.params, call.batch)
 
 
 def _check_weights(weights: Any, size: int) -> None:

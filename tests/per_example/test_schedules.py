@@ -84,6 +84,62 @@ def test_no_gradient_flows_through_the_weights(method):
     close(jax.grad(total)(1.0), total(1.0), 1e-10)
 
 
+@every
+@pytest.mark.parametrize("size", [1, 2, "auto"])
+def test_micro_batches_change_nothing(method, size):
+    """Whatever their size; leaves that do not move, keys and aux included."""
+
+    def fun(params, key, x):
+        y = jnp.sin(x * jax.random.normal(key, x.shape) @ params["w"])
+        return jnp.sum(y) * params["n"][0], y
+
+    params = {"w": normal(0, 4, 3), "n": jnp.arange(1, 3), "key": jax.random.key(3)}
+    options = {"batch_argnums": 2, "prng_argnum": 1, "has_aux": True, "method": method}
+    given = params, jax.random.key(0), normal(1, 6, 4)
+    whole = reweighted_grad(fun, clip, **options)(*given)
+    found = jax.jit(reweighted_grad(fun, clip, microbatch_size=size, **options))(*given)
+    assert jax.tree.structure(found) == jax.tree.structure(whole)
+    assert found.grads["n"].tolist() == [0, 0]
+    assert found.grads.pop("key") == whole.grads.pop("key")
+    close(found, whole, 1e-10)
+
+
+def test_micro_batches_add_in_float32():
+    """128 ones and then halves: in bfloat16 the total would stop at 128 or 256."""
+    w, x = jnp.zeros((), jnp.bfloat16), jnp.concatenate([jnp.full(128, 2.0), jnp.full(256, 0.5)])
+    fun = lambda w, x: w.astype(jnp.float32) * x  # noqa: E731
+    sum_all = reweighted_grad(fun, jnp.ones_like, microbatch_size=1)
+    found = sum_all(w, x.astype(jnp.float32)).grads
+    assert (found.dtype, float(found)) == (jnp.bfloat16, 384.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (4, ValueError, r"must divide the number of examples, got 4 for 6\. Pass a divisor"),
+        (0, ValueError, r"must divide the number of examples, got 0 for 6"),
+        (2.0, TypeError, r"must be a whole number, got 2\.0"),
+    ],
+)
+def test_micro_batch_sizes_are_checked(size, error, message):
+    with pytest.raises(error, match=message):
+        reweighted_grad(mlp, clip, microbatch_size=size)(mlp_params(5, 3), batch())
+
+
+@pytest.mark.parametrize(
+    ("factor", "residual", "parameter", "parts"),
+    [(100, 100, 1, 1), (401, 100, 1, 5), (401, 100, 101, 1)],
+)
+def test_parts_bring_one_pass_down_to_what_a_plain_gradient_holds(
+    factor, residual, parameter, parts
+):
+    costs = Costs(
+        parameter_bytes=parameter, factor_bytes=factor, stacked_bytes=10**9,
+        residual_bytes=residual, norm_flops=0,
+    )  # fmt: skip
+    assert costs.parts == parts
+
+
 def test_weights_are_checked():
     fun = reweighted_grad(mlp, lambda sq_norms: 1.0)
     with pytest.raises(ValueError, match=r"one number per example, got shape \(\) for .*\(6,\)"):

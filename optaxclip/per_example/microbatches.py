@@ -1,0 +1,52 @@
+"""A batch a part at a time: what a sum over examples holds is then what one part holds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def accumulated(
+    fun: Callable[[Tree], tuple[Tree, Tree]], inputs: Tree, size: int
+) -> tuple[Tree, Tree]:
+    """`fun(inputs) -> (sums, each)`, from `size` examples at a time.
+
+    Inputs and `each` have the examples on the first axis; `sums` are added up.
+    """
+    parts = jax.tree.map(lambda x: _split(x, size), inputs)
+    once = jax.jit(fun)  # traced once, for its shapes and for the loop
+    sums, _ = jax.eval_shape(once, jax.tree.map(lambda x: x[0], parts))
+
+    def step(total: Tree, part: Tree) -> tuple[Tree, Tree]:
+        sums, each = once(part)
+        return jax.tree.map(jnp.add, total, sums), each
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    total, each = jax.lax.scan(step, zeros, parts)
+    return total, jax.tree.map(_join, each)
+
+
+def check_size(size: Any, examples: int) -> None:
+    """Raises unless `size` is a whole number that divides the number of examples."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(
+            f"microbatch_size must be a whole number, got {size!r}. Pass for example 8."
+        )
+    if size < 1 or examples % size:
+        raise ValueError(
+            f"microbatch_size must divide the number of examples, got {size} for {examples}. Pass a"
+            " divisor, or pad the batch."
+        )
+
+
+def _split(x: jax.Array, size: int) -> jax.Array:
+    """`[B, ...]` -> `[n, size, ...]`, every n-th together, so that a sharded batch stays put."""
+    return x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(parts: jax.Array) -> jax.Array:
+    """Back from `_split`."""
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
