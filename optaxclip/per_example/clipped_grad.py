@@ -14,7 +14,7 @@ import numpy as np
 from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
 from optaxclip.per_example.clipped_sum import Clipping
 from optaxclip.per_example.costs import Method
-from optaxclip.per_example.schedules import check_method
+from optaxclip.per_example.schedules import best_microbatch_size, check_method
 from optaxclip.thresholds import check_bound
 
 Tree = Any
@@ -117,7 +117,7 @@ def clipped_grad(
         the result may be another tree. Gradients are then stacked, [B, *shape]: nothing is known
         of the function.
       microbatch_size: how many examples are handled at a time, in a `lax.scan`; it must divide
-        B. None: all of them.
+        B. None: all of them; with `method="auto"` half or fewer where that is faster.
       nan_safe: whether an example whose gradient has NaN or infinity counts as zero. Otherwise
         it makes those elements of the sum NaN.
       dtype: of the sum; None: that of the parameters.
@@ -187,7 +187,10 @@ def clipped_grad(
                 f"microbatch_size must divide the batch size {call.size}, got {microbatch_size}."
                 " Pass a divisor, or pad the batch and say so with is_padding_example."
             )
-        found = clipping.of_batch(call, padding, microbatch_size)
+        size = microbatch_size
+        if size is None and method == "auto" and transform is None and spmd_axis_name is None:
+            size = best_microbatch_size(call)
+        found = clipping.of_batch(call, padding, size)
         grads = jax.tree.map(lambda x: _divided(x, normalize_by), found.sums)
         if not with_aux:
             return grads

@@ -64,8 +64,9 @@ def reweighted_grad(
         `"auto"`: one pass or stacked, by bytes and operations estimated from shapes.
       microbatch_size: how many examples to take at a time, in a `lax.scan`: a divisor of B. What
         is held is then that of so many examples, and `weights` sees so many at a time. `"auto"`:
-        all, unless one pass would hold more than a plain gradient by far, as under
-        `jax.checkpoint`. None: all.
+        half of them, or fewer where that would hold more than a plain gradient, as under
+        `jax.checkpoint`; all if the batch is small next to the parameters, or with another
+        `method` than `"auto"`. None: all.
       batch_argnums: which arguments hold the examples.
       has_aux: whether `fun` returns `(loss, aux)`.
       keep_batch_dim: whether `fun` sees an example as a batch of one.
@@ -129,17 +130,21 @@ def _microbatch_size(
     call: Call, method: Method | Literal["auto"], asked: int | Literal["auto"] | None
 ) -> int | None:
     """How many examples to take at a time; None for all."""
-    if asked is None:
-        return None
-    if asked != "auto":
-        check_size(asked, call.size)
-        return asked
-    if method not in ("auto", "one_pass"):
-        return None
+    if asked is None or asked == "auto":
+        return None if asked is None or method != "auto" else best_microbatch_size(call)
+    check_size(asked, call.size)
+    return asked
+
+
+def best_microbatch_size(call: Call) -> int | None:
+    """As many examples at a time as `Costs.parts` asks for, or a few less; None for all."""
     found: list[Costs] = []
     jax.eval_shape(lambda: found.append(costs_of(call, factored(call)[2])))
     parts = found[0].parts
-    return max(d for d in range(1, call.size + 1) if call.size % d == 0 and d * parts <= call.size)
+    sizes = [d for d in range(1, call.size + 1) if call.size % d == 0 and d * parts <= call.size]
+    if parts == 1 or not sizes or 4 * sizes[-1] * parts < call.size:
+        return None
+    return sizes[-1]
 
 
 def _wide(dtype: Any) -> Any:

@@ -8,7 +8,9 @@ from test_gradients import batch, mlp, mlp_params
 
 from optaxclip.per_example import explain, reweighted_grad
 from optaxclip.per_example._reference import stacked_grads
+from optaxclip.per_example.arguments import Options, bind
 from optaxclip.per_example.costs import Costs
+from optaxclip.per_example.schedules import best_microbatch_size
 
 METHODS = ["one_pass", "two_pass", "vmap", "auto"]
 every = pytest.mark.parametrize("method", METHODS)
@@ -128,16 +130,21 @@ def test_micro_batch_sizes_are_checked(size, error, message):
 
 @pytest.mark.parametrize(
     ("factor", "residual", "parameter", "parts"),
-    [(100, 100, 1, 1), (401, 100, 1, 5), (401, 100, 101, 1)],
+    [(50, 100, 1, 2), (401, 100, 1, 5), (50, 100, 20, 1), (1, 2, 0.1, 1)],
 )
-def test_parts_bring_one_pass_down_to_what_a_plain_gradient_holds(
-    factor, residual, parameter, parts
-):
+def test_parts_bring_what_is_held_down_to_a_plain_gradient(factor, residual, parameter, parts):
     costs = Costs(
-        parameter_bytes=parameter, factor_bytes=factor, stacked_bytes=10**9,
-        residual_bytes=residual, norm_flops=0,
+        parameter_bytes=int(parameter * 10**6), factor_bytes=factor * 10**6,
+        stacked_bytes=10**12, residual_bytes=residual * 10**6, norm_flops=0,
     )  # fmt: skip
     assert costs.parts == parts
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 4), (9, 3), (13, None)])
+def test_the_best_size_divides_the_batch(count, size, monkeypatch):
+    monkeypatch.setattr(Costs, "parts", 2)
+    call = bind(mlp, Options(), (mlp_params(5, 3), (normal(0, count, 5), normal(1, count, 3))), {})
+    assert best_microbatch_size(call) == size
 
 
 def test_weights_are_checked():
