@@ -3,12 +3,15 @@
     python benchmarks/per_example.py                # every model, about 15 minutes on 2 cores
     python benchmarks/per_example.py --quick        # the MLP and two language models
     python benchmarks/per_example.py --preset gpu   # larger models
+    python benchmarks/per_example.py --crossover    # from many short examples to few long ones
 
 Each system computes `sum_b c_b g_b` with `c_b = min(1, 1 / |g_b|)`; the plain gradient is that of
 the summed loss. All run in one process in a new random order every round; quoted is the median
 over rounds of time / time of the plain gradient in that round. Temporary memory is XLA's figure.
-jax-privacy runs at the micro-batch sizes 1, 4, 8, 16 and none; its best time is shown, if it is
-installed. Prints markdown; writes JSON with `--json`.
+"auto" also picks the micro-batch; the named methods take the batch whole. jax-privacy runs at the
+micro-batch sizes 1, 4, 8, 16 and none; its best time is shown, if it is installed. `--crossover`
+cuts one number of tokens into sequences of different lengths, and shows which method is faster
+and which one "auto" takes. Prints markdown; writes JSON with `--json`.
 """
 
 import argparse
@@ -64,6 +67,9 @@ PLAIN, AGAIN = "plain", "plain again"
 def main() -> None:
     """Measures every model and prints the table."""
     args = _arguments()
+    if args.crossover:
+        crossover(args.preset, args.rounds)
+        return
     rows = []
     columns = [
         "model",
@@ -85,6 +91,26 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def crossover(preset: str, rounds: int) -> None:
+    """One pass against stacking, from many short sequences to few long ones."""
+    tokens, small = (2048, {"layers": 2}) if preset == "cpu" else (2**16, {"d": 1024, "heads": 16})
+    print("| B x T | one_pass | vmap | auto takes |\n| --- | ---: | ---: | --- |", flush=True)
+    for time in (8, 32, 64, 128, 256, 512, 1024):
+        work = models.lm(tokens // time, time, **small)
+        systems = _systems(work)
+        variants = {
+            name: functools.partial(
+                compiled(systems[name], work.params, work.batch)[0], work.params, work.batch
+            )
+            for name in (PLAIN, "one_pass", "vmap")
+        }
+        of_plain = ratios(interleaved(variants, rounds), PLAIN)
+        taken = optaxclip.explain(work.loss, work.params, work.batch).costs.method
+        cells = (f"{of_plain[name]:.2f}x" for name in ("one_pass", "vmap"))
+        print(f"| {tokens // time} x {time} | {' | '.join(cells)} | {taken} |", flush=True)
+    print(f"\n{machine()}")
 
 
 def measure(model: str, work: models.Workload, rounds: int) -> dict[str, Any]:
@@ -158,6 +184,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--models", nargs="+", help="as they are called in the table")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--crossover", action="store_true", help="where one method overtakes")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
