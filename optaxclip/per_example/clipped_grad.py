@@ -14,7 +14,7 @@ import numpy as np
 from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
 from optaxclip.per_example.clipped_sum import Clipping
 from optaxclip.per_example.costs import Method
-from optaxclip.per_example.schedules import best_microbatch_size, check_method
+from optaxclip.per_example.schedules import check_method
 from optaxclip.thresholds import check_bound
 
 Tree = Any
@@ -187,10 +187,7 @@ def clipped_grad(
                 f"microbatch_size must divide the batch size {call.size}, got {microbatch_size}."
                 " Pass a divisor, or pad the batch and say so with is_padding_example."
             )
-        size = microbatch_size
-        if size is None and method == "auto" and transform is None and spmd_axis_name is None:
-            size = best_microbatch_size(call)
-        found = clipping.of_batch(call, padding, size)
+        found = clipping.of_batch(call, padding, microbatch_size)
         grads = jax.tree.map(lambda x: _divided(x, normalize_by), found.sums)
         if not with_aux:
             return grads

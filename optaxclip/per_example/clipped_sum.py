@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from optaxclip._leaves import Leaves
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.arguments import Call
-from optaxclip.per_example.costs import Method
+from optaxclip.per_example.costs import Costs, Method
 from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.incoming import Incoming, total
 from optaxclip.per_example.microbatches import accumulated
 from optaxclip.per_example.safe_norms import root
-from optaxclip.per_example.schedules import scheduled, second_pass
+from optaxclip.per_example.schedules import best_microbatch_size, scheduled, second_pass
 from optaxclip.per_example.trees import cast, masked, materialize, sq_norms
 from optaxclip.responses import Rescale
 
@@ -50,9 +50,18 @@ class Clipping:
     def of_batch(self, call: Call, padding: jax.Array | None, size: int | None) -> Clipped:
         """The clipped sum, from micro-batches of `size` examples; `padding` [B] counts as zero."""
         likes: list[Tree] = []  # what a gradient is like, known once a part has been traced
-        run = functools.partial(self._of_part, call, likes)
+        seen: list[Costs] = []
+        whole = functools.partial(self._of_part, call, likes, seen)
+        run = jax.jit(whole)  # traced once a size
+        free = self.transform is None and call.spmd_axis_name is None
+        if size is None and self.method == "auto" and free:
+
+            def of_some(batch: list[jax.Array]) -> Clipped:
+                return run(batch, None if padding is None else padding[: len(batch[0])])
+
+            size = best_microbatch_size(call, of_some, seen)
         if size is None:
-            part = run(call.batch, padding)
+            part = whole(call.batch, padding)
             return part._replace(sums=self._as_asked(part.sums, likes[0]))
 
         def some(inputs: tuple[list[jax.Array], Any]) -> tuple[Tree, Clipped]:
@@ -69,12 +78,17 @@ class Clipping:
         return parts._replace(sums=self._as_asked(sums, likes[0]))
 
     def _of_part(
-        self, call: Call, likes: list[Tree], batch: list[jax.Array], padding: jax.Array | None
+        self,
+        call: Call,
+        likes: list[Tree],
+        seen: list[Costs],
+        batch: list[jax.Array],
+        padding: jax.Array | None,
     ) -> Clipped:
         """The sum over some examples, in a dtype that is wide enough to go on adding."""
         call = dataclasses.replace(call, batch=batch)
         method = self.method if self.transform is None else "vmap"
-        chosen, losses, aux, found = scheduled(call, method)
+        chosen, losses, aux, found = scheduled(call, method, seen)
         grads = call.like_params(found, lambda leaf: zero_like(leaf, call.size))
         grad_norms = root(sq_norms(grads))
         if self.transform is not None:

@@ -56,9 +56,8 @@ class Costs:
         plain = self.parameter_bytes + self.residual_bytes
         return min(held, key=held.__getitem__) if held[faster] > _TOO_MUCH * plain else faster
 
-    @property
-    def parts(self) -> int:
-        """Into how many micro-batches to cut a batch.
+    def parts(self, times: int = 1) -> int:
+        """Into how many micro-batches to cut a batch of `times` as many examples.
 
         In two, or more if that brings what is held down to what a plain gradient holds. Measured
         on 2 CPU cores, time (and memory) over those of the plain gradient, whole and in two: LM
@@ -67,8 +66,7 @@ class Costs:
         are not worth it.
         """
         held = self.factor_bytes if self.method == "one_pass" else self.stacked_bytes
-        working = held + self.residual_bytes
-        if working < max(_WORTH_CUTTING, 8 * self.parameter_bytes):
+        if times * (held + self.residual_bytes) < max(_WORTH_CUTTING, 8 * self.parameter_bytes):
             return 1
         return max(2, math.ceil(held / max(self.residual_bytes, 1)))
 

@@ -14,14 +14,14 @@ def accumulated(
 ) -> tuple[Tree, Tree]:
     """`fun(inputs) -> (sums, each)`, from `size` examples at a time.
 
-    Inputs and `each` have the examples on the first axis; `sums` are added up.
+    Inputs and `each` have the examples on the first axis; `sums` are added up. `fun` is traced
+    twice, unless it is jitted.
     """
     parts = jax.tree.map(lambda x: _split(x, size), inputs)
-    once = jax.jit(fun)  # traced once, for its shapes and for the loop
-    sums, _ = jax.eval_shape(once, jax.tree.map(lambda x: x[0], parts))
+    sums, _ = jax.eval_shape(fun, jax.tree.map(lambda x: x[0], parts))
 
     def step(total: Tree, part: Tree) -> tuple[Tree, Tree]:
-        sums, each = once(part)
+        sums, each = fun(part)
         return jax.tree.map(jnp.add, total, sums), each
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)

@@ -103,9 +103,11 @@ def reweighted_grad(
     def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
         call = bind(fun, options, args, kwargs)
 
+        seen: list[Costs] = []
+
         def part(batch: list[Any]) -> tuple[list[Any], Any]:
             some = dataclasses.replace(call, batch=batch)
-            chosen, losses, aux, forms = scheduled(some, method)
+            chosen, losses, aux, forms = scheduled(some, method, seen)
             if strict and chosen != "vmap":
                 refuse_fallbacks(call.like_params(forms, lambda leaf: zero_like(leaf, some.size)))
             squares = sq_norms(forms)
@@ -116,8 +118,13 @@ def reweighted_grad(
             wide = [cast(form, _wide(form.dtype)) for form in forms]
             return weighted_sum(wide, c), (losses, squares, c, aux)
 
-        size = _microbatch_size(call, method, microbatch_size)
-        run = part if size is None else functools.partial(accumulated, part, size=size)
+        once = jax.jit(part)  # traced once a size
+        size: Any = microbatch_size
+        if size == "auto":
+            size = best_microbatch_size(call, once, seen) if method == "auto" else None
+        elif size is not None:
+            check_size(size, call.size)
+        run = part if size is None else functools.partial(accumulated, once, size=size)
         sums, (losses, squares, c, aux) = run(call.batch)
         sums = [x.astype(p.dtype) for x, p in zip(sums, call.params, strict=True)]
         total = call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(c))
@@ -126,21 +133,15 @@ def reweighted_grad(
     return reweighted
 
 
-def _microbatch_size(
-    call: Call, method: Method | Literal["auto"], asked: int | Literal["auto"] | None
-) -> int | None:
-    """How many examples to take at a time; None for all."""
-    if asked is None or asked == "auto":
-        return None if asked is None or method != "auto" else best_microbatch_size(call)
-    check_size(asked, call.size)
-    return asked
+def best_microbatch_size(call: Call, part: Callable, seen: list[Costs]) -> int | None:
+    """As many examples at a time as `Costs.parts` asks for, or a few less; None for all.
 
-
-def best_microbatch_size(call: Call) -> int | None:
-    """As many examples at a time as `Costs.parts` asks for, or a few less; None for all."""
-    found: list[Costs] = []
-    jax.eval_shape(lambda: found.append(costs_of(call, factored(call)[2])))
-    parts = found[0].parts
+    `part` takes a batch and appends to `seen` what it costs. It is tried on half of the batch,
+    the usual answer, so that it need not be traced again.
+    """
+    half = call.size // 2 if call.size % 2 == 0 else call.size
+    jax.eval_shape(part, [x[:half] for x in call.batch])
+    parts = seen[-1].parts(call.size // half)
     sizes = [d for d in range(1, call.size + 1) if call.size % d == 0 and d * parts <= call.size]
     if parts == 1 or not sizes or 4 * sizes[-1] * parts < call.size:
         return None
@@ -159,13 +160,18 @@ def check_method(method: Any) -> None:
 
 
 def scheduled(
-    call: Call, method: Method | Literal["auto"]
+    call: Call, method: Method | Literal["auto"], seen: list[Costs]
 ) -> tuple[Method, jax.Array, Tree, list[Form]]:
-    """The schedule to take, losses [B], aux [B, ...] and the gradients it works on."""
+    """The schedule to take, losses [B], aux [B, ...] and the gradients it works on.
+
+    What "auto" finds that it costs is appended to `seen`.
+    """
     chosen: Method = "vmap"
     if method != "vmap":
         losses, aux, forms = factored(call)
-        chosen = costs_of(call, forms).method if method == "auto" else method
+        if method == "auto":
+            seen.append(costs_of(call, forms))
+        chosen = seen[-1].method if method == "auto" else method
     if chosen == "vmap":
         losses, aux, forms = _stacked(call)
     return chosen, losses, aux, forms

@@ -137,14 +137,20 @@ def test_parts_bring_what_is_held_down_to_a_plain_gradient(factor, residual, par
         parameter_bytes=int(parameter * 10**6), factor_bytes=factor * 10**6,
         stacked_bytes=10**12, residual_bytes=residual * 10**6, norm_flops=0,
     )  # fmt: skip
-    assert costs.parts == parts
+    assert costs.parts() == parts
+    assert costs.parts(100) == max(parts, 2)
 
 
-@pytest.mark.parametrize(("count", "size"), [(8, 4), (9, 3), (13, None)])
-def test_the_best_size_divides_the_batch(count, size, monkeypatch):
-    monkeypatch.setattr(Costs, "parts", 2)
+@pytest.mark.parametrize(
+    ("count", "parts", "size"), [(8, 1, None), (8, 2, 4), (9, 2, 3), (12, 5, 2), (13, 2, None)]
+)
+def test_the_best_size_divides_the_batch(count, parts, size):
+    class Asking:
+        def parts(self, times):
+            return parts
+
     call = bind(mlp, Options(), (mlp_params(5, 3), (normal(0, count, 5), normal(1, count, 3))), {})
-    assert best_microbatch_size(call) == size
+    assert best_microbatch_size(call, lambda batch: batch, [Asking()]) == size
 
 
 def test_weights_are_checked():
