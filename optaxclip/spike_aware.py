@@ -56,7 +56,8 @@ def spam_clip(
       After a lasting change of a leaf's level its bounds are at the new level within
       `relearn_after` steps; those of an element that changes alone follow by the moving average,
       by at most a tenth a step. A spike passes as at most `1.1 sqrt(theta)` times the root mean
-      square, and so does the next one. NaN, infinite and zero gradients leave later steps as they would have been without.
+      square, and so does the next one. NaN, infinite and zero gradients leave later steps as they
+      would have been without.
 
     Edge cases:
       In the warm-up no element may exceed twice the median of its leaf's largest; the first
