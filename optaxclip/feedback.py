@@ -59,8 +59,8 @@ def error_feedback(
       [1.  0.1] [1. 0.]
       [0.5 0.1] [0. 0.]
 
-    Source: Elesedy and Hutter (U-Clip), arXiv 2302.02971, algorithm 1. Different here: what is
-    not finite is not carried.
+    Source: Elesedy and Hutter (U-Clip), arXiv 2302.02971. Different here: what is not finite is
+    not carried.
     """
     clipper = optax.with_extra_args_support(clipper)
 

@@ -46,7 +46,8 @@ def clip_singular_values(
       soft: see above. The soft bound costs and errs less. Static.
       method: `"newton_schulz"`, matrix products alone; `"svd"`, an exact decomposition, slow on
         accelerators, whose derivative is not finite where singular values coincide.
-      steps: of Newton-Schulz, >= 1. Static.
+      steps: of Newton-Schulz, >= 1. More help only where singular values lie within 1e-5 s_max of
+        c: 18 bring the worst error found from 3e-6 to 1e-6 s_max, at 400x400. Static.
       unit_axes: the axes one matrix spans, all others being batched: `"auto"`, the last two (so
         that scanned stacks of matrices are clipped one by one), an int, a tuple or a function
         `(path, leaf) -> axes`. The last of the axes makes the columns, those before it together
@@ -63,10 +64,10 @@ def clip_singular_values(
         leaf lacks; a leaf that is sharded inside `jax.shard_map`.
 
     Guarantees:
-      Singular values within 1e-4 c + 2e-6 s_max of the exact ones in float32 (soft: 1e-4 c), for
-      c >= 1e-3 s_max, whatever the condition number. Hence 1e-4 c up to s_max = 50 c. A matrix
-      well inside the bound comes out bit for bit if hard. Nothing overflows. A bound of 0 gives
-      zeros.
+      With the default steps or more, in float32 and for c >= 1e-3 s_max, the result is within
+      5e-6 s_max of the exact one in spectral norm (soft: 1e-6 s_max), whatever the condition
+      number. Hence within 1e-4 c up to s_max = 20 c (soft: 100 c). A matrix well inside the
+      bound comes out bit for bit if hard. Nothing overflows. A bound of 0 gives zeros.
 
     Edge cases:
       Stacked vectors, such as the biases of scanned layers, look like a matrix: name their

@@ -180,6 +180,24 @@ def test_clippers_under_jit_with_named_sharding(mesh, grads, name):
     assert updates["kernel"].sharding.is_equivalent_to(placed["kernel"].sharding, 2)
 
 
+def test_singular_values_need_whole_matrices(mesh, grads):
+    tx = optaxclip.clip_singular_values(1.0)
+
+    def update(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    sharded = jax.shard_map(update, mesh=mesh, in_specs=(SPECS,), out_specs=SPECS)
+    message = r"whole matrices, got columns of local shape \(3, 2\), sharded over \('model',\)"
+    with pytest.raises(ValueError, match=message):
+        sharded(grads)
+    placed = {k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in grads.items()}
+    for k, x in jax.jit(update)(placed).items():
+        expected = np.float64(grads[k])
+        u, s, vt = np.linalg.svd(np.atleast_2d(expected), full_matrices=False)
+        expected = ((u * np.minimum(s, 1.0)) @ vt).reshape(expected.shape)
+        np.testing.assert_allclose(x, expected, atol=1e-4)
+
+
 def test_units_under_shard_map_need_axis_name(mesh, grads):
     def update(grads, tx):
         return tx.update(grads, tx.init(grads), grads)[0]
