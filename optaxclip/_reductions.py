@@ -67,13 +67,8 @@ def norms_of(slots: list[list[Terms]], order: Any, count: int, dtype: Any) -> ja
 
 def _scaled(slots: list[list[Terms]], order: Any, count: int, dtype: Any) -> jax.Array:
     """The norms by way of x / max |x|, whose powers neither overflow nor vanish."""
-    first = slots[0][0]
-    shape = (len(slots), *first.shape)
-    if first.x.size <= _SMALL and len(slots) > 1 and _joinable(slots):
-        stacked = lax.optimization_barrier(jnp.stack([t.wide(dtype) for (t,) in slots]))
-        kept = (len(slots), *(first.shape or (1,) * first.x.ndim))
-        slots = [[Terms(stacked, tuple(1 + a for a in first.axes), kept)]]
-
+    shape = (len(slots), *slots[0][0].shape)
+    slots = _stacked(slots, dtype)
     info = jnp.finfo(dtype)
     largest = lax.stop_gradient(_LARGEST.each(slots, lambda t: _no_nan(_larger_part(t.x)), dtype))
     unit = jnp.clip(largest, info.tiny, 1 / info.tiny)
@@ -89,6 +84,16 @@ def _scaled(slots: list[list[Terms]], order: Any, count: int, dtype: Any) -> jax
     return jnp.minimum(norms * unit, jnp.maximum(largest, info.max)).reshape(shape)
 
 
+def _stacked(slots: list[list[Terms]], dtype: Any) -> list[list[Terms]]:
+    """Small leaves as one, for passes that are rare: that compiles faster."""
+    first = slots[0][0]
+    if first.x.size > _SMALL or len(slots) == 1 or not _joinable(slots):
+        return slots
+    stacked = lax.optimization_barrier(jnp.stack([t.wide(dtype) for (t,) in slots]))
+    kept = (len(slots), *(first.shape or (1,) * first.x.ndim))
+    return [[Terms(stacked, tuple(1 + a for a in first.axes), kept)]]
+
+
 def _largest(slots: list[list[Terms]], size: Callable, dtype: Any) -> jax.Array:
     """`max size(x)` slot by slot, NaN where there is one: XLA's maximum on CPU loses it."""
     found = _LARGEST.each(slots, lambda t: _no_nan(size(t)), dtype)
@@ -97,7 +102,7 @@ def _largest(slots: list[list[Terms]], size: Callable, dtype: Any) -> jax.Array:
         def nan_or_zero(t: Terms) -> jax.Array:
             return jnp.where(jnp.isnan(t.x), jnp.nan, 0.0).astype(dtype)
 
-        return found + _TOTAL.each(slots, nan_or_zero, dtype)
+        return found + _TOTAL.each(_stacked(slots, dtype), nan_or_zero, dtype).reshape(found.shape)
 
     return lax.cond(jnp.any(jnp.isinf(found)), with_nan, lambda: found)
 
