@@ -10,7 +10,7 @@ and `isometries`. `forms` are the gradients; `layout` and `contractions` are wha
 
 On top of that stand the aggregators (`aggregators`, `robust`; `incoming` checks what they are
 given, `quantile` is a threshold for them), the function transformation `clipped_grad`
-(`clipped_sum` does its work), and `moments`.
+(`clipped_sum` does its work), and `moments`. `microbatches` is the loop over parts of a batch.
 """
 
 from optaxclip.per_example.aggregators import clip_per_example as clip_per_example
