@@ -44,14 +44,17 @@ class Terms:
         return x if self.scale is None else times(x, self.scale)
 
 
-def norms_of(slots: list[list[Terms]], order: Any, count: int, dtype: Any) -> jax.Array:
+def norms_of(
+    slots: list[list[Terms]], order: Any, count: int, dtype: Any, nan: bool = True
+) -> jax.Array:
     """The norms of some slots of one shape, [slots, *shape]; for "rms" a sum over `count`.
 
-    The rare second pass is one branch for all of them: a `cond` a slot would take longer than
-    measuring a small leaf, and longer to compile.
+    With `nan` False a largest element may be infinite where it is NaN, which spares storing leaves
+    for the pass that tells. The rare second pass is one branch for all of them: a `cond` a slot
+    would take longer than measuring a small leaf, and longer to compile.
     """
     if order == math.inf and not any(jnp.iscomplexobj(t.x) for leaves in slots for t in leaves):
-        return _largest(slots, lambda t: jnp.abs(t.x), dtype)
+        return _largest(slots, lambda t: jnp.abs(t.x), dtype, nan)
 
     def scaled() -> jax.Array:
         return _scaled(slots, order, count, dtype)
@@ -94,9 +97,11 @@ def _stacked(slots: list[list[Terms]], dtype: Any) -> list[list[Terms]]:
     return [[Terms(stacked, tuple(1 + a for a in first.axes), kept)]]
 
 
-def _largest(slots: list[list[Terms]], size: Callable, dtype: Any) -> jax.Array:
+def _largest(slots: list[list[Terms]], size: Callable, dtype: Any, nan: bool = True) -> jax.Array:
     """`max size(x)` slot by slot, NaN where there is one: XLA's maximum on CPU loses it."""
     found = _LARGEST.each(slots, lambda t: _no_nan(size(t)), dtype)
+    if not nan:
+        return found
 
     def with_nan() -> jax.Array:
         def nan_or_zero(t: Terms) -> jax.Array:

@@ -139,8 +139,9 @@ def clip_by(
             bounds: Bundles = (jnp.ones(()),) * len(norms)
             if stats:
                 ratios = list(map(_in_bounds, leaves.arrays, by_leaf))
-                found_ratios = measured.measure(dataclasses.replace(leaves, arrays=ratios), layout)
-                norms = tuple(map(_finite_where, norms, found_ratios))
+                in_bounds = dataclasses.replace(leaves, arrays=ratios)
+                worst = measured.measure(in_bounds, layout, nan=False)
+                norms = tuple(map(_finite_where, norms, worst))
         else:
             bounds = non_negative(found)
             by_leaf = layout.by_slot(bounds) if measured.by == "element" else []

@@ -64,20 +64,15 @@ class Shares:
         levels, level = self.level.bound(norms, state.level, context)
         # In the warm-up of a leaf its steps count alike, and the 1 it starts from as one more.
         seen = state.level.seen
-        rates = jnp.where(seen < self.warmup, 1 / (seen + 2), 1 - self.decay)
+        rate_of = jnp.where(seen < self.warmup, 1 / (seen + 2), 1 - self.decay)
+        scales = tuple(map(_inverse, norms))
+        rates = layout.from_vector(rate_of, jnp.float32)
+        # Without this XLA computes each scalar anew for every element.
+        scales, levels, rates = jax.lax.optimization_barrier((scales, levels, rates))
         bounds, new_shares = [], []
-        for x, n, c, rate, share in zip(
-            updates.arrays,
-            layout.by_slot(norms),
-            layout.by_slot(levels),
-            layout.by_slot(layout.from_vector(rates, jnp.float32)),
-            shares,
-            strict=True,
+        for x, scale, c, rate, share in zip(
+            updates.arrays, *map(layout.by_slot, (scales, levels, rates)), shares, strict=True
         ):
-            known = n >= jnp.finfo(n.dtype).tiny
-            scale = jnp.where(known, 1 / jnp.where(known, n, 1.0), 0.0)
-            # Without this each scalar is computed anew for every element.
-            scale, c, rate = jax.lax.optimization_barrier((scale, c, rate))
             part = _square(x, scale)
             new = jnp.sqrt(
                 jnp.square(share) + rate * (part.astype(share.dtype) - jnp.square(share))
@@ -123,6 +118,12 @@ class Moments:
             moments.append(jnp.where(jnp.isfinite(x), new, v))
             bounds.append(bound)
         return ElementBounds(bounds), updates.alone(moments)
+
+
+def _inverse(n: jax.Array) -> jax.Array:
+    """`1 / n`, and 0 for what says nothing: zero, infinite and NaN."""
+    known = n >= jnp.finfo(n.dtype).tiny
+    return jnp.where(known, 1 / jnp.where(known, n, 1.0), 0.0)
 
 
 def _square(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -100,11 +100,14 @@ class Layout:
 
     def from_vector(self, vector: jax.Array, dtype: Any) -> Bundles:
         """A vector [size], in the order of `names` -> bundles."""
-        ordered = vector[self._bundled].astype(dtype)
         shapes = [(len(slots), *self.unit_shapes[slots[0]]) for slots in self.bundles if slots]
         ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = jnp.split(ordered, ends) if shapes else []
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        # A bundle is a gather of its own. Were they slices of one, XLA would slice anew for each
+        # leaf: the bounds of 256 leaves compiled for 5.0 s instead of 1.9 s.
+        return tuple(
+            vector[at].astype(dtype).reshape(shape)
+            for at, shape in zip(np.split(self._bundled, ends), shapes, strict=bool(shapes))
+        )
 
     @property
     def _bundled(self) -> np.ndarray:
@@ -209,10 +212,11 @@ class Norm:
         )
         return Layout(paths, slots, axes, shapes, _bundles(leaves.arrays, axes))
 
-    def measure(self, leaves: Leaves, layout: Layout) -> Bundles:
+    def measure(self, leaves: Leaves, layout: Layout, *, nan: bool = True) -> Bundles:
         """The norms, in float32 (float64 if a leaf of the tree is float64).
 
-        For `by="element"` the largest modulus of each leaf.
+        For `by="element"` the largest modulus of each leaf, infinite with `nan=False` where it
+        is NaN: leaves that are computed on the spot are then not stored.
         """
         dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in leaves.arrays})
         order = math.inf if self.by == "element" else self.ord
@@ -228,7 +232,7 @@ class Norm:
             terms = [
                 [Terms(leaves.arrays[i], layout.unit_axes[i], shape) for i in leaf] for leaf in here
             ]
-            return norms_of(terms, order, count, dtype)
+            return norms_of(terms, order, count, dtype, nan)
 
         if not any(mesh):
             return tuple(norms(slots, ()) for slots in layout.bundles)
