@@ -4,8 +4,9 @@ A byte-level transformer (Flax NNX, SGD with momentum) learns the text of the Py
 library, which comes with every interpreter. The learning rate is such that without clipping the
 loss leaves its course for good. Every run has the same parameters to start with, the same batches
 and the same learning rate; only the clipper differs, always with its defaults. Not every clipper
-holds this run: with `spam_clip` and `adaclip`, which bound single elements and not the norm of them
-all, that norm goes on growing here, and they diverge too, only later.
+holds this run: `spam_clip` and `adaclip`, which bound single elements, pass a gradient that grows
+as a whole a little at every step, and their bounds follow it. They diverge too, only later, and so
+they do as published (`relearn_after=None`).
 
     python examples/unstable_training.py            # a few minutes on 2 cores
     python examples/unstable_training.py --quick    # under a minute

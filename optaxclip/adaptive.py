@@ -315,8 +315,8 @@ def clip_by_quantile(
       >>> print(updates["w"].round(3))
       [1.105]
 
-    Source: Andrew, Thakkar, McMahan, Ramaswamy, arXiv 1905.03871, equation 2, there for the
-    norms of users in one round, here for one norm a step.
+    Source: Andrew, Thakkar, McMahan, Ramaswamy, arXiv 1905.03871, the geometric update of
+    algorithm 1, there for the norms of users in one round, here for one norm a step.
     """
     check_between(quantile, "quantile", 0, 1)
     check_bound(step_size, "step_size", schedule=False)
