@@ -50,6 +50,7 @@ def train(options: argparse.Namespace) -> None:
         )
 
     import jax.numpy as jnp
+    import numpy as np
     import optax
     import orbax.checkpoint as ocp
     from _mesh import all_devices, fsdp, init_state
@@ -60,11 +61,11 @@ def train(options: argparse.Namespace) -> None:
     mesh, text = all_devices(), standard_library()
     by_example = jax.NamedSharding(mesh, jax.P("data"))
 
-    def init_params():
-        shapes = {"bytes": (256, 16), "hidden": (CONTEXT * 16, WIDTH), "head": (WIDTH, 256)}
-        keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 3), strict=True))
-        params = {k: jax.random.normal(keys[k], s) * s[0] ** -0.5 for k, s in shapes.items()}
-        return params | {"bias": jnp.zeros(WIDTH)}
+    shapes = {"bytes": (256, 16), "hidden": (CONTEXT * 16, WIDTH), "head": (WIDTH, 256)}
+    rng = np.random.default_rng(0)
+    params = {k: np.float32(rng.normal(0, s[0] ** -0.5, s)) for k, s in shapes.items()}
+    params["bias"] = np.zeros(WIDTH, np.float32)
+    params = jax.device_put(params, fsdp(mesh, params))
 
     def loss_fn(params, text):
         x = params["bytes"][text[:, :-1]].reshape(len(text), -1)
@@ -83,7 +84,6 @@ def train(options: argparse.Namespace) -> None:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
-    params = jax.jit(init_params, out_shardings=fsdp(mesh, jax.eval_shape(init_params)))()
     state = {"params": params, "opt_state": init_state(mesh, tx, params)}
     manager = ocp.CheckpointManager(
         options.out.resolve(),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,35 @@ STEPS, EVERY = 9, 3
 pytestmark = pytest.mark.slow
 
 
-def run(out: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """A process that hangs fails the test: `subprocess` ends the launcher, which ends the rest."""
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--out", str(out), *arguments]
-    command += ["--steps", str(STEPS), "--save-every", str(EVERY)]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs the example with a folder for its checkpoints; every program is compiled only once."""
+    cache = tmp_path_factory.mktemp("compiled")
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | settings
+
+    def run(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-W", "error", str(SCRIPT), "--out", str(out), *arguments]
+        command += ["--steps", str(STEPS), "--save-every", str(EVERY)]
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=240)
+            except subprocess.TimeoutExpired:  # a hang fails the test, and leaves no process
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    return run
 
 
 def steps(done: subprocess.CompletedProcess) -> list[str]:
@@ -45,7 +67,7 @@ def last_checkpoint(out: Path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(run, tmp_path_factory):
     """A run of two processes that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole")
     done = run(out)
@@ -55,7 +77,7 @@ def whole(tmp_path_factory):
     return done, last_checkpoint(out)
 
 
-def test_two_processes_equal_one(whole, tmp_path):
+def test_two_processes_equal_one(run, whole, tmp_path):
     done = run(tmp_path, "--num-processes", "1", "--devices", "4")
     assert done.returncode == 0, done.stderr
     assert "4 devices in 1 processes" in done.stdout
@@ -67,7 +89,7 @@ def test_two_processes_equal_one(whole, tmp_path):
         assert 0 < clipper["stats"]["clipped_count"] <= STEPS
 
 
-def test_a_run_that_lost_a_process_twice_ends_bit_for_bit_like_one_that_did_not(whole, tmp_path):
+def test_a_run_that_lost_a_process_twice_ends_bit_for_bit_like_one_that_did_not(run, whole, tmp_path):
     lost = run(tmp_path, "--die", "1", "5")
     assert lost.returncode == 1
     assert "process 0: step 5 failed, most likely because another process died" in lost.stderr
