@@ -94,7 +94,7 @@ def train(options: argparse.Namespace) -> None:
     say(f"{jax.device_count()} devices in {jax.process_count()} processes", flush=True)
     start = manager.latest_step() or 0
     if start:
-        optaxclip.check_saved_state(manager.item_metadata(start).tree, state)
+        optaxclip.check_saved_state(manager.item_metadata(start), state)
         state = manager.restore(start, args=ocp.args.StandardRestore(state))
         say(f"goes on from the checkpoint of step {start}", flush=True)
 

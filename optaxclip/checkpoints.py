@@ -1,6 +1,6 @@
 """Whether what a checkpoint holds is the state an optimizer needs."""
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ def check_saved_state(saved: Tree, state: Tree) -> None:
 
     Args:
       saved: what is in the checkpoint: a tree of anything with a `shape`. With Orbax
-        `checkpointer.metadata(path).item_metadata.tree`, or `manager.item_metadata(step).tree`,
-        which read no arrays; or arrays restored without a target.
+        `checkpointer.metadata(path).item_metadata` or `manager.item_metadata(step)`, which read
+        no arrays; or arrays restored without a target.
       state: the tree to restore, such as `optimizer.init(params)` or a dict that holds it with
         the parameters, concrete or from `jax.eval_shape`.
 
@@ -43,15 +43,16 @@ def check_saved_state(saved: Tree, state: Tree) -> None:
       Traceback (most recent call last):
       ...
       ValueError: the checkpoint must hold the state to restore, got
+        threshold_state/recent: in the checkpoint alone
         ...
     """
-    ours, theirs = _shapes(state), _shapes(saved)
-    problems = [f"{path}: missing in the checkpoint" for path in ours if path not in theirs]
-    problems += [f"{path}: in the checkpoint alone" for path in theirs if path not in ours]
+    ours, theirs = _arrays(state), _arrays(saved)
+    problems = [f"{x.path}: missing in the checkpoint" for k, x in ours.items() if k not in theirs]
+    problems += [f"{x.path}: in the checkpoint alone" for k, x in theirs.items() if k not in ours]
     problems += [
-        f"{path}: shape {theirs[path]} in the checkpoint, {shape} here"
-        for path, shape in ours.items()
-        if path in theirs and None not in (shape, theirs[path]) and shape != theirs[path]
+        f"{x.path}: shape {theirs[k].shape} in the checkpoint, {x.shape} here"
+        for k, x in ours.items()
+        if k in theirs and None not in (x.shape, theirs[k].shape) and x.shape != theirs[k].shape
     ]
     if problems:
         more = len(problems) - _SHOWN
@@ -64,12 +65,21 @@ def check_saved_state(saved: Tree, state: Tree) -> None:
         )
 
 
-def _shapes(tree: Tree) -> dict[str, Any]:
-    """The shape of every array by its path; None for PRNG keys, which are saved as their data."""
+class _Array(NamedTuple):
+    path: str
+    shape: tuple[int, ...] | None
+    """None for PRNG keys, which are saved as their data."""
 
-    def shape(x: Any) -> Any:
+
+def _arrays(tree: Tree) -> dict[str, _Array]:
+    """Every array, by a path that is the same in a tree and in a checkpoint of it."""
+    found = {}
+    for key_path, x in jax.tree.leaves_with_path(tree):
         dtype = getattr(x, "dtype", None)
-        key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
-        return None if key else tuple(jnp.shape(x))
-
-    return {path_name(path): shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+        is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+        # A variable of Flax NNX is a node with one leaf: an attribute, but in a checkpoint a key.
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
+        found[path] = _Array(
+            path_name(key_path) or "the root", None if is_key else tuple(jnp.shape(x))
+        )
+    return found

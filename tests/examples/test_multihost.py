@@ -89,7 +89,9 @@ def test_two_processes_equal_one(run, whole, tmp_path):
         assert 0 < clipper["stats"]["clipped_count"] <= STEPS
 
 
-def test_a_run_that_lost_a_process_twice_ends_bit_for_bit_like_one_that_did_not(run, whole, tmp_path):
+def test_a_run_that_lost_a_process_twice_ends_bit_for_bit_like_one_that_did_not(
+    run, whole, tmp_path
+):
     lost = run(tmp_path, "--die", "1", "5")
     assert lost.returncode == 1
     assert "process 0: step 5 failed, most likely because another process died" in lost.stderr
