@@ -101,7 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps, under a minute")
     options = parser.parse_args(argv)
-    options.steps = 60 if options.quick else 400
+    options.steps = 40 if options.quick else 400
     return options
 
 
