@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench
+.PHONY: demo multihost test lint bench
 
 demo: $(READY)
 	$(BIN)/python examples/compare_clippers.py
+
+multihost: $(READY)
+	$(BIN)/python examples/multihost.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2

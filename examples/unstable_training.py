@@ -16,7 +16,6 @@ A table goes to the terminal, `unstable_training.png` and `results.json` to the 
 
 import argparse
 import json
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from _plots import LOOK
+from _text import standard_library, windows
+from _transformer import CONTEXT, Transformer, loss_fn
 from flax import nnx
 from matplotlib.figure import Figure
 from rich import box
@@ -46,63 +47,14 @@ CLIPPERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "spam_clip": optaxclip.spam_clip,
     "adaclip": optaxclip.adaclip,
 }
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 64, 2, 4, 64, 16
+BATCH = 16
 CHUNK = 50
 LEARNING_RATE = 0.5
 
 
-class Block(nnx.Module):
-    """Attention and a feed-forward layer, each added to its input."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
-        self.norm1, self.norm2 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2))
-        self.inner = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.outer = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x), mask=nnx.make_causal_mask(x[..., 0]))
-        return x + self.outer(nnx.gelu(self.inner(self.norm2(x))))
-
-
-class Transformer(nnx.Module):
-    """Predicts each next byte."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.bytes = nnx.Embed(256, WIDTH, rngs=rngs)
-        self.places = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, 256, rngs=rngs)
-
-    def __call__(self, text):
-        x = self.bytes(text) + self.places(jnp.arange(text.shape[-1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def standard_library(size: int = 2_000_000) -> np.ndarray:
-    """The first bytes of its modules, in the order of their names."""
-    text, modules = b"", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    for module in modules:
-        text += module.read_bytes()
-        if len(text) >= size:
-            break
-    return np.frombuffer(text[:size], np.uint8)
-
-
 def batches(text: np.ndarray, steps: int) -> jax.Array:
     """`[steps, BATCH, CONTEXT + 1]`, the same for every run."""
-    starts = np.random.default_rng(0).integers(0, len(text) - CONTEXT - 1, (steps, BATCH))
-    return jnp.asarray(text[starts[..., None] + np.arange(CONTEXT + 1)], jnp.uint8)
-
-
-def loss_fn(model: Transformer, text: jax.Array) -> jax.Array:
-    """Mean cross-entropy a byte, in nats."""
-    text = text.astype(jnp.int32)
-    logits = model(text[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+    return jnp.asarray(windows(text, 0, (steps, BATCH), CONTEXT + 1), jnp.uint8)
 
 
 def train(clipper: str, data: jax.Array, rate: float, advance: Callable[[], None]) -> np.ndarray:

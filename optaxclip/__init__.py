@@ -8,6 +8,7 @@ from optaxclip.adaptive import autoclip as autoclip
 from optaxclip.adaptive import clip_by_history as clip_by_history
 from optaxclip.adaptive import clip_by_quantile as clip_by_quantile
 from optaxclip.adaptive import zclip as zclip
+from optaxclip.checkpoints import check_saved_state as check_saved_state
 from optaxclip.clipping import ClipState as ClipState
 from optaxclip.clipping import clip_by as clip_by
 from optaxclip.clipping import clip_stats as clip_stats

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from clippers import (
     CLIPPERS,
@@ -269,18 +268,6 @@ def test_zero_gradient_stays_zero(name):
     assert_same_bits(updates, zeros)
     for stats in optaxclip.clip_stats(state).values():
         assert int(stats.nonfinite_count) <= 0
-
-
-@every
-def test_orbax_round_trip(name, tmp_path):
-    tx, params = make(name), example_tree(seed=1)
-    _, state = tx.update(example_tree(), tx.init(params), params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
-    assert_same_bits(restored, state)
-    assert types(restored) == types(state)
 
 
 def test_the_table_has_every_clipper():

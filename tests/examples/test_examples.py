@@ -158,6 +158,20 @@ def test_unstable_training_needs_a_clipper(tmp_path):
     assert (tmp_path / "unstable_training.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
+def test_fsdp_transformer_learns_with_everything_split_but_the_statistics():
+    done = run("fsdp_transformer.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < 3 < losses[0]
+    assert "8 devices" in done.stdout
+    for name in ("agc", "clip_by_global_norm"):
+        assert re.search(rf"{name}: norm [\d.]+, \d+% of steps clipped", done.stdout)
+    for name in ("a kernel", "its first moment"):
+        assert f"{name}: (64, 256), P('data',), (8, 256) on each device" in done.stdout
+    assert "a clipper's norm: P()" in done.stdout
+
+
 def test_dp_sgd_prints_epsilon_delta_and_accuracy():
     done = run("dp_sgd.py", "--steps", "60", "--print-every", "30")
     assert done.returncode == 0, done.stderr
