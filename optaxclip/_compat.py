@@ -11,6 +11,7 @@ from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.extend.core import primitives as primitives
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import NamedSharding
 
 # Not among the names of jax.extend; None where a release makes do without the primitive.
 split_p: Primitive | None = getattr(lax, "split_p", None)
@@ -30,6 +31,23 @@ def varying_axes(x: Any) -> tuple[str, ...]:
     manual = getattr(aval, "mat", None)
     axes = getattr(aval, "vma", None) if manual is None else manual.varying
     return tuple(sorted(axes or ()))
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """How the type of `x` says that it is split over a mesh; None if it is whole or does not say.
+
+    Types say it on meshes whose axes are `AxisType.Explicit`.
+    """
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if not isinstance(sharding, NamedSharding) or all(entry is None for entry in sharding.spec):
+        return None
+    return sharding
+
+
+def is_partitioned() -> bool:
+    """Whether XLA may split arrays here over devices: not with one, nor inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and not (mesh.axis_names and mesh.manual_axes)
 
 
 def is_literal(atom: Any) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
-from optaxclip._reductions import accumulator, times
+from optaxclip._reductions import accumulator, for_leaf, times
 from optaxclip._statistics import (
     ClipStats,
     ExampleStats,
@@ -154,9 +154,9 @@ def clip_by(
             ]
         else:
             factors = tuple(map(answer.factor, norms, bounds))
-            by_slot = list(zip(layout.by_slot(norms), layout.by_slot(factors), strict=True))
+            n, factor = layout.by_slot(norms), layout.by_slot(factors)
             clipped = [
-                scale_leaf(x, *by_slot[slot], nonfinite)
+                scale_leaf(x, for_leaf(n[slot]), for_leaf(factor[slot]), nonfinite)
                 for x, slot in zip(leaves.arrays, layout.slots, strict=True)
             ]
 

@@ -135,4 +135,5 @@ def _square(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _filled(norm: Norm, params: Tree, value: float) -> Tree:
     leaves = norm.leaves(params)
-    return leaves.alone([jnp.full(x.shape, value, jnp.float32) for x in leaves.arrays])
+    # Split over a mesh as the parameters are.
+    return leaves.alone([jnp.full_like(x, value, jnp.float32) for x in leaves.arrays])

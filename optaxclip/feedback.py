@@ -66,7 +66,7 @@ def error_feedback(
 
     def init_fn(params: Tree) -> ErrorFeedbackState:
         leaves = Leaves.of(params)
-        carry = [jnp.zeros(x.shape, _wide(x)) for x in leaves.arrays]
+        carry = [jnp.zeros_like(x, _wide(x)) for x in leaves.arrays]  # split as they are
         return ErrorFeedbackState(leaves.alone(carry), clipper.init(params))
 
     def update_fn(

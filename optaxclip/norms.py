@@ -9,17 +9,19 @@ bundle at a time.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from optaxclip._compat import varying_axes
+from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import LeafFn, Leaves, Tree
-from optaxclip._reductions import Terms, accumulator, norms_of, power, vanishing
+from optaxclip._mesh import Axes, axes_of, over_mesh, placed
+from optaxclip._reductions import Terms, accumulator, norms_of
 from optaxclip.unit_axes import UnitAxes, resolve
 
 By = Literal["element", "global", "leaf", "unit", "group"]
@@ -218,17 +220,46 @@ class Norm:
         For `by="element"` the largest modulus of each leaf, infinite with `nan=False` where it
         is NaN: leaves that are computed on the spot are then not stored.
         """
+        found = [explicit_sharding(x) for x in leaves.arrays]
+        meshes = [sharding.mesh for sharding in found if sharding is not None]
+        if not meshes:
+            return self._measure(leaves, layout, None)
+        specs = [P() if sharding is None else sharding.spec for sharding in found]
+
+        # The types say which device holds what, so that one collective does where XLA, left to
+        # itself, makes one a dimension that is split, and several more for units.
+        def shards(arrays: list[jax.Array]) -> Bundles:
+            return self._measure(dataclasses.replace(leaves, arrays=arrays), layout, specs)
+
+        return jax.shard_map(
+            shards,
+            mesh=meshes[0],
+            in_specs=(specs,),
+            out_specs=P(),
+            axis_names=set(meshes[0].explicit_axes),
+        )(leaves.arrays)
+
+    def _measure(self, leaves: Leaves, layout: Layout, specs: Sequence[P] | None) -> Bundles:
+        """`measure`, of what a device holds; `specs` say of which part of each leaf, if known."""
         dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in leaves.arrays})
         order = math.inf if self.by == "element" else self.ord
-        mesh = leaves.map(self._mesh_axes)
+        mesh = leaves.map(self._mesh_axes) if specs is None else list(map(axes_of, specs))
         members = layout.members
         if members == [[]]:  # the global norm of nothing
             return (jnp.zeros(1, dtype),)
 
-        def norms(slots: Sequence[int], axes: tuple[str, ...]) -> jax.Array:
+        def norms(slots: Sequence[int], axes: Axes) -> jax.Array:
+            """Of the leaves of some slots of one shape that are split over these axes."""
             here = [[i for i in members[slot] if mesh[i] == axes] for slot in slots]
+            first = here[0][0]
             shape = layout.unit_shapes[slots[0]]
-            count = _elements(leaves, mesh, members[slots[0]]) // math.prod(shape)
+            if specs is not None and shape:
+                kept = layout.unit_axes[first]
+                shape = tuple(
+                    1 if i in kept else d for i, d in enumerate(leaves.arrays[first].shape)
+                )
+            count = _elements(leaves, mesh, members[slots[0]])
+            count //= math.prod(layout.unit_shapes[slots[0]])
             terms = [
                 [Terms(leaves.arrays[i], layout.unit_axes[i], shape) for i in leaf] for leaf in here
             ]
@@ -236,11 +267,16 @@ class Norm:
 
         if not any(mesh):
             return tuple(norms(slots, ()) for slots in layout.bundles)
-        parts: dict[tuple[str, ...], dict[int, jax.Array]] = {}
-        for slot, found in enumerate(members):
-            for axes in sorted({mesh[i] for i in found}):
-                parts.setdefault(axes, {})[slot] = norms([slot], axes)[0]
-        return layout.bundle(_over_mesh(parts, order, layout, dtype))
+        parts: dict[Axes, dict[int, jax.Array]] = {}
+        for bundle in layout.bundles:
+            for axes in sorted({mesh[i] for slot in bundle for i in members[slot]}):
+                slots = [slot for slot in bundle if any(mesh[i] == axes for i in members[slot])]
+                for slot, found in zip(slots, norms(slots, axes), strict=True):
+                    if specs is not None and found.ndim:
+                        (leaf,) = members[slot]
+                        found = placed(found, layout.unit_shapes[slot], specs[leaf])
+                    parts.setdefault(axes, {})[slot] = found
+        return layout.bundle(over_mesh(parts, order, layout.unit_shapes, dtype))
 
     def _labels_of(self, leaves: Leaves) -> list[str]:
         if callable(self.labels):
@@ -255,7 +291,7 @@ class Norm:
                 )
         return found
 
-    def _mesh_axes(self, path: str, x: jax.Array) -> tuple[str, ...]:
+    def _mesh_axes(self, path: str, x: jax.Array) -> Axes:
         varying = varying_axes(x)
         if self.axis_name is None:
             if varying and self.by == "unit":
@@ -270,71 +306,6 @@ class Norm:
         axes = (names,) if isinstance(names, str) else tuple(names)
         # Where types tell, a leaf that does not vary over an axis is whole on it.
         return tuple(a for a in axes if a in varying) if varying else axes
-
-
-def _over_mesh(
-    parts: dict[tuple[str, ...], dict[int, jax.Array]], order: Any, layout: Layout, dtype: Any
-) -> tuple[jax.Array, ...]:
-    """Norms of the parts that devices hold -> norms of the whole: one collective a mesh axis set.
-
-    Each part is in range already; only scalars travel.
-    """
-    shapes = layout.unit_shapes
-    vectors = {
-        axes: jnp.concatenate(
-            [
-                part[slot].reshape(-1) if slot in part else jnp.zeros(math.prod(shape), dtype)
-                for slot, shape in enumerate(shapes)
-            ]
-        )
-        for axes, part in parts.items()
-    }
-
-    def all_reduce(pack: Callable, collective: Callable, join: Callable) -> jax.Array:
-        packed = [collective(pack(v), axes) if axes else pack(v) for axes, v in vectors.items()]
-        return functools.reduce(join, packed)
-
-    def largest() -> jax.Array:
-        """The maximum, with what `pmax` would lose: where there is NaN."""
-
-        def pack(v: jax.Array) -> jax.Array:
-            return jnp.stack([jnp.nan_to_num(v, posinf=jnp.inf), jnp.isnan(v).astype(dtype)])
-
-        size, is_nan = all_reduce(pack, lax.pmax, jnp.maximum)
-        return jnp.where(is_nan > 0, jnp.nan, size)
-
-    if order == math.inf:
-        norms = largest()
-    elif order in (1, 2, "rms"):
-        term, root = power(1 if order == 1 else 2, 1)
-        scales = _scales(dtype)
-        # Norms are >= 0. Without `maximum`, XLA makes v^2 scale^2 of it, which is inf * 0.
-        sums = all_reduce(lambda v: term(jnp.maximum(v * scales[:, None], 0.0)), lax.psum, jnp.add)
-        norms = _best(sums, scales, root)
-    else:
-        term, root = power(order, 1)
-        unit = largest()
-        unit = lax.stop_gradient(jnp.where((unit > 0) & (unit < jnp.inf), unit, 1.0))
-        norms = unit * root(all_reduce(lambda v: term(v / unit), lax.psum, jnp.add))
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    pieces = jnp.split(norms, ends)
-    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
-
-
-def _scales(dtype: Any) -> np.ndarray:
-    """1, and two powers of two that bring the square of any finite number into range."""
-    low, high = (-560, 540) if dtype == jnp.float64 else (-80, 64)
-    return np.asarray([1.0, 2.0**low, 2.0**high], dtype)
-
-
-def _best(sums: jax.Array, scales: np.ndarray, root: Callable) -> jax.Array:
-    """The norm from its sums at three scales: the unscaled one unless that left its range."""
-    small, big = vanishing(sums[0]), jnp.isinf(sums[0])
-    total = jnp.where(small, sums[2], jnp.where(big, sums[1], sums[0]))
-    norm = root(total)
-    scaled = norm / jnp.where(small, scales[2], jnp.where(big, scales[1], scales[0]))
-    largest = jnp.finfo(norm.dtype).max
-    return jnp.where(jnp.isfinite(norm), jnp.minimum(scaled, largest), norm)
 
 
 def _bundles(
@@ -353,7 +324,7 @@ def _bundles(
     return tuple(map(tuple, bundles))
 
 
-def _elements(leaves: Leaves, mesh: list[tuple[str, ...]], members: list[int]) -> int:
+def _elements(leaves: Leaves, mesh: list[Axes], members: list[int]) -> int:
     """How many elements the members have on the whole mesh."""
     return sum(
         leaves.arrays[i].size * math.prod(lax.axis_size(axis) for axis in mesh[i]) for i in members

@@ -8,9 +8,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from optaxclip import _polar
-from optaxclip._compat import varying_axes
+from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip._statistics import check_same_groups, empty_stats, record
@@ -149,6 +151,16 @@ class _Clip:
 
     def leaf(self, x: jax.Array, axes: tuple[int, ...], bound: jax.Array) -> Any:
         """The clipped leaf, and the norms of its units with axes of length one."""
+        if (sharding := explicit_sharding(x)) is None:
+            return self._leaf(x, axes, bound)
+        # Where the type says how it is split, products would have to say it too: XLA knows better.
+        return jax.sharding.auto_axes(
+            lambda x, bound: self._leaf(x, axes, bound),
+            axes=sharding.mesh.explicit_axes,
+            out_sharding=(sharding, NamedSharding(sharding.mesh, P())),
+        )(x, bound)
+
+    def _leaf(self, x: jax.Array, axes: tuple[int, ...], bound: jax.Array) -> Any:
         dtype = accumulator(x.dtype)
         c = jnp.broadcast_to(bound.astype(dtype), _kept(x.shape, axes))
         if sum(x.shape[a] > 1 for a in axes) <= 1:

@@ -1,10 +1,10 @@
-"""Four host devices, as on a small mesh; hypothesis without deadlines, repeatable in CI."""
+"""Eight host devices, as on a small mesh; hypothesis without deadlines, repeatable in CI."""
 
 import os
 
-_FOUR = "--xla_force_host_platform_device_count=4"
+_EIGHT = "--xla_force_host_platform_device_count=8"
 if "device_count" not in os.environ.get("XLA_FLAGS", ""):  # before jax is imported
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FOUR}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -19,6 +19,6 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(params=["one_device", "mesh"])
 def devices(request, monkeypatch) -> int:
     """How many devices norms believe there are: with one, leaves may be joined."""
-    number = {"one_device": 1, "mesh": 4}[request.param]
+    number = {"one_device": 1, "mesh": 8}[request.param]
     monkeypatch.setattr(jax, "device_count", lambda: number)
     return number

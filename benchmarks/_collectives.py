@@ -1,0 +1,47 @@
+"""The collectives in a compiled program, from the text of its HLO."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+_OPERATION = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{[^}]*\}|(?:true|false)_computation=%?[\w.-]+)")
+
+
+class Collective(NamedTuple):
+    """One operation, which may carry several arrays."""
+
+    kind: str
+    bytes: int
+    """Of its result, on one device."""
+    rare: bool
+    """Whether it is in a branch of a conditional."""
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """Those of `jax.jit(f).lower(...).compile()`, each counted once, also in loops."""
+    found: list[tuple[str, str, int]] = []
+    always: dict[str, set[str]] = {}
+    here = entry = ""
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            is_entry, name = re.match(r"(ENTRY )?%?([\w.-]+)", line).groups()
+            here, entry = name, name if is_entry else entry
+            always[here] = set()
+        always.get(here, set()).update(_CALLED.findall(_BRANCHES.sub("", line)))
+        if match := _OPERATION.search(line):
+            found.append((here, match[2], sum(map(_bytes, _ARRAY.findall(match[1])))))
+    ordinary, ahead = set(), {entry}
+    while ahead:
+        ordinary |= ahead
+        ahead = set().union(*(always.get(name, set()) for name in ahead)) - ordinary
+    return [Collective(kind, size, place not in ordinary) for place, kind, size in found]
+
+
+def _bytes(array: tuple[str, str]) -> int:
+    dtype, shape = array
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return bits // 8 * math.prod(int(d) for d in shape.split(",") if d)
