@@ -15,16 +15,12 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]
 
 
 class Folds(NamedTuple):
-    """The indices of all folds, filled up to one shape; int32 arrays."""
+    """The validation sets of all folds; int32 arrays."""
 
-    train: Any
-    """[folds, longest]"""
-    train_size: Any
-    """[folds]; what stands beyond it is never drawn."""
     validation: Any
-    """[folds, longest]"""
-    validation_kind: Any
-    """[folds]: which of `validation_sizes` the fold has."""
+    """[folds, longest], filled up to one length."""
+    kind: Any
+    """[folds]: which of the sizes that occur the fold has."""
 
 
 def check_data(data: Tree) -> tuple[Tree, int]:
@@ -115,18 +111,20 @@ def _given(folds: Sequence, number: int) -> Pairs:
 
 
 def tables(pairs: Pairs) -> tuple[Folds, tuple[int, ...]]:
-    """The folds as arrays of one shape, and the sizes that validation sets have."""
+    """The validation sets as arrays of one shape, and the sizes they have."""
     sizes = tuple(sorted({len(validation) for _, validation in pairs}))
+    validation = np.stack([np.resize(v, sizes[-1]) for _, v in pairs]).astype(np.int32)
+    kinds = np.array([sizes.index(len(v)) for _, v in pairs], np.int32)
+    return Folds(validation, kinds), sizes
 
-    def filled(rows: list[np.ndarray]) -> np.ndarray:
-        longest = max(map(len, rows))
-        return np.stack([np.resize(row, longest) for row in rows]).astype(np.int32)
 
-    trains, validations = zip(*pairs, strict=True)
-    folds = Folds(
-        filled(list(trains)),
-        np.array([len(train) for train in trains], np.int32),
-        filled(list(validations)),
-        np.array([sizes.index(len(validation)) for validation in validations], np.int32),
-    )
-    return folds, sizes
+def batches(train: np.ndarray, steps: int, batch_size: int, seed: Sequence[int]) -> np.ndarray:
+    """The examples of each step, int32 [steps, batch_size]: one random order after another.
+
+    NumPy's order of 1438 examples takes 15 us, one sorted by XLA 270 us (CPU): with 22 batches to
+    an epoch that was half of the time of a step of an MLP 64-32-10.
+    """
+    rng = np.random.default_rng(seed)
+    needed = steps * batch_size
+    orders = [rng.permutation(train) for _ in range(-(-needed // len(train)))]
+    return np.concatenate(orders)[:needed].astype(np.int32).reshape(steps, batch_size)

@@ -18,8 +18,6 @@ from optaxclip._folds import Folds
 from optaxclip._leaves import Tree
 from optaxclip.clipping import clip_stats
 
-_NOT_DRAWN = np.uint32(2**32 - 1)
-
 
 class Jobs(NamedTuple):
     """The runs, one an entry; arrays of one length."""
@@ -27,6 +25,8 @@ class Jobs(NamedTuple):
     threshold: Any
     fold: Any
     seed: Any
+    batches: Any
+    """int32 [steps, batch_size]: the examples of each step."""
 
 
 class Shared(NamedTuple):
@@ -66,46 +66,34 @@ class Training:
     metric_fn: Callable
     grad: Callable
     pass_key: bool
-    steps: int
-    batch_size: int
-    batches: int
-    """In an epoch: as many as the smallest training set holds."""
     validation_sizes: tuple[int, ...]
 
     def train(self, job: Jobs, shared: Shared) -> Trained:
         """The model of one job, whose fields are scalars."""
-        folds, key, data = shared
+        _, key, data = shared
         # Not of the threshold: thresholds are compared on the same start and the same batches.
         key = jax.random.fold_in(jax.random.fold_in(key, job.fold), job.seed)
-        init_key, order_key, loss_key = jax.random.split(key, 3)
-        indices, size = folds.train[job.fold], folds.train_size[job.fold]
+        init_key, loss_key = jax.random.split(key)
         params = self.init_fn(init_key)
         with _bound_is_traced():
             tx = self.make_optimizer(job.threshold)
             opt_state = tx.init(params)
         grad_fn = self.grad(self.loss_fn)
 
-        def shuffled(epoch: jax.Array) -> jax.Array:
-            bits = jax.random.bits(jax.random.fold_in(order_key, epoch), indices.shape) >> 1
-            bits = jnp.where(jnp.arange(len(indices)) < size, bits, _NOT_DRAWN)
-            return lax.sort((bits, indices), num_keys=1)[1]
-
-        def step(carry: Any, count: jax.Array) -> tuple[Any, None]:
-            params, opt_state, order, clipped = carry
-            epoch, place = count // self.batches, count % self.batches
-            # Of `count` alone, so that it stays a branch under vmap.
-            order = lax.cond(place == 0, lambda: shuffled(epoch), lambda: order)
-            chosen = lax.dynamic_slice_in_dim(order, place * self.batch_size, self.batch_size)
+        def step(carry: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            params, opt_state, clipped = carry
+            count, chosen = batch
             args = (jax.random.fold_in(loss_key, count),) if self.pass_key else ()
             grads = grad_fn(params, _rows(data, chosen), *args)
             with _bound_is_traced():
                 updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
-            return (params, opt_state, order, clipped + _clipped_share(opt_state)), None
+            return (params, opt_state, clipped + _clipped_share(opt_state)), None
 
-        start = (params, opt_state, indices, jnp.zeros((), jnp.float32))
-        (params, opt_state, _, clipped), _ = lax.scan(step, start, jnp.arange(self.steps))
-        return Trained(params, *_clipping(opt_state, clipped / self.steps))
+        start = (params, opt_state, jnp.zeros((), jnp.float32))
+        steps = len(job.batches)
+        (params, opt_state, clipped), _ = lax.scan(step, start, (jnp.arange(steps), job.batches))
+        return Trained(params, *_clipping(opt_state, clipped / steps))
 
     def evaluate(self, trained: Trained, fold: jax.Array, shared: Shared) -> Outcome:
         """Scores it on the very examples of its fold: one branch for each number of them."""
@@ -125,27 +113,35 @@ class Training:
 
             return score
 
-        kind = shared.folds.validation_kind[fold]
+        kind = shared.folds.kind[fold]
         score = lax.switch(kind, [on(size) for size in self.validation_sizes])
         finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(trained.params) if _inexact(x)]
         failed = ~functools.reduce(jnp.logical_and, finite, jnp.isfinite(score))
         return Outcome(score, failed, trained.clip_rate, trained.norm)
 
 
-@functools.lru_cache(maxsize=8)  # so that a second call with the same functions compiles nothing
+@functools.lru_cache(maxsize=8)
+def traceable(training: Training) -> tuple[Any, Any]:
+    """`train` and `evaluate`, jitted: what a second call with the same functions finds again."""
+    return jax.jit(training.train), jax.jit(training.evaluate)
+
+
+@functools.lru_cache(maxsize=8)
 def program(training: Training, width: int, devices: tuple[Any, ...]) -> Callable:
     """A jitted `(jobs, shared) -> outcomes` for `width` jobs a device."""
+
+    train, evaluate = traceable(training)
 
     def on_one_device(jobs: Jobs, shared: Shared) -> Outcome:
         # A single run is not batched: its branches stay branches.
         if width == 1:
             trained = jax.tree.map(
-                lambda x: x[None], training.train(jax.tree.map(lambda x: x[0], jobs), shared)
+                lambda x: x[None], train(jax.tree.map(lambda x: x[0], jobs), shared)
             )
         else:
-            trained = jax.vmap(lambda job: training.train(job, shared))(jobs)
+            trained = jax.vmap(lambda job: train(job, shared))(jobs)
         # One at a time: a validation set is larger than a batch.
-        return lax.map(lambda x: training.evaluate(x[0], x[1], shared), (trained, jobs.fold))
+        return lax.map(lambda x: evaluate(x[0], x[1], shared), (trained, jobs.fold))
 
     mesh = Mesh(np.asarray(devices), ("runs",))
     # Runs have nothing to do with each other, so nothing is to be checked.
@@ -218,6 +214,15 @@ def _clipping(opt_state: Tree, share: jax.Array) -> tuple[jax.Array, jax.Array]:
             jnp.where(counted, stats.pre_clip_norm, jnp.nan).astype(jnp.float32),
         )
     return unknown, unknown
+
+
+def hashable(fun: Callable) -> Callable:
+    """`fun`, or a stand-in where it has no hash, such as a method of a dataclass of arrays."""
+    try:
+        hash(fun)
+    except TypeError:
+        return functools.partial(fun)
+    return fun
 
 
 def _inexact(x: Any) -> bool:

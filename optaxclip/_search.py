@@ -1,5 +1,7 @@
 """All runs of a search: what is missing is computed, round by round, and kept."""
 
+import dataclasses
+import functools
 import sys
 import time
 from typing import Any
@@ -9,81 +11,115 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optaxclip._runs import Jobs, Outcome, Shared, Training, bytes_of, program, width_for
+from optaxclip._folds import Pairs, batches
+from optaxclip._runs import (
+    Jobs,
+    Outcome,
+    Shared,
+    Training,
+    bytes_of,
+    program,
+    traceable,
+    width_for,
+)
 from optaxclip._saved import Saved, digest, without_addresses
 
 
-def train_all(
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Which runs there are. The threshold changes fastest: its neighbours share their batches."""
+
+    thresholds: np.ndarray
+    pairs: Pairs
+    seeds: int
+    steps: int
+    batch_size: int
+    entropy: np.ndarray
+    """Of the key, for NumPy."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Folds, seeds, thresholds."""
+        return len(self.pairs), self.seeds, len(self.thresholds)
+
+    def jobs(self, runs: np.ndarray) -> Jobs:
+        """What to do in these runs."""
+        fold, seed, threshold = np.unravel_index(runs, self.shape)
+        order = [self._batches(int(f), int(s)) for f, s in zip(fold, seed, strict=True)]
+        fold, seed = fold.astype(np.int32), seed.astype(np.int32)
+        return Jobs(self.thresholds[threshold], fold, seed, np.stack(order))
+
+    @functools.cached_property
+    def _batches(self) -> Any:
+        def drawn(fold: int, seed: int) -> np.ndarray:
+            entropy = [*map(int, self.entropy), fold, seed]
+            return batches(self.pairs[fold][0], self.steps, self.batch_size, entropy)
+
+        return functools.lru_cache(maxsize=4)(drawn)
+
+
+def run_all(
+    search: Search,
     training: Training,
-    jobs: Jobs,
     shared: Shared,
     width: int | None,
     progress: bool,
     resume_dir: Any,
 ) -> Outcome:
-    """The outcome of every job: computed here, or before."""
+    """The outcome of every run, `[folds, seeds, thresholds]`: computed here, or before."""
     devices = jax.local_devices()
-    runs = len(jobs.threshold)
-    one = jax.tree.map(lambda x: x[0], jobs)
-    traced = jax.jit(training.train).trace(one, shared)  # the arguments' faults come out here
-    scoring = jax.jit(training.evaluate).trace(traced.out_info, one.fold, shared)
-    chosen = (
-        min(width, runs)
-        if width
-        else width_for(bytes_of(traced.jaxpr.jaxpr), bytes_of(scoring.jaxpr.jaxpr), runs, devices)
-    )
-    outcomes = Outcome(
-        np.zeros(runs, np.float32),
-        np.zeros(runs, bool),
-        np.zeros(runs, np.float32),
-        np.zeros(runs, np.float32),
-    )
+    runs = int(np.prod(search.shape))
+    one = Jobs(*(field[0] for field in search.jobs(np.zeros(1, int))))
+    train, evaluate = traceable(training)
+    traced = train.trace(one, shared)  # the faults of the arguments come out here
+    scored = evaluate.trace(traced.out_info, one.fold, shared)
+    if width is not None:
+        chosen = min(width, runs)
+    else:
+        own = bytes_of(traced.jaxpr.jaxpr) + one.batches.nbytes
+        chosen = width_for(own, bytes_of(scored.jaxpr.jaxpr), runs, devices)
+    flags, numbers = np.zeros(runs, bool), np.zeros((3, runs), np.float32)
+    outcomes = Outcome(numbers[0], flags, numbers[1], numbers[2])
     done = np.zeros(runs, bool)
     saved = None
     if resume_dir is not None:
-        experiment = fingerprint(training, jobs, shared, (traced, scoring))
-        experiment["runs_at_once"] = chosen
-        free = ("runs_at_once",) if width is None else ()
-        saved = Saved(resume_dir, experiment, free)
+        experiment = {**fingerprint(search, shared, (traced, scored)), "runs_at_once": chosen}
+        saved = Saved(resume_dir, experiment, ("runs_at_once",) if width is None else ())
         chosen = saved.experiment["runs_at_once"]
         saved.load(outcomes, done)
 
     waiting = np.flatnonzero(~done)
-    if not waiting.size:
-        return outcomes
-    mesh = Mesh(np.asarray(devices), ("runs",))
-    shared = jax.device_put(shared, NamedSharding(mesh, P()))
-    compute = program(training, chosen, tuple(devices))
+    if waiting.size:
+        mesh = Mesh(np.asarray(devices), ("runs",))
+        shared = jax.device_put(shared, NamedSharding(mesh, P()))
+        compute = program(training, chosen, tuple(devices))
     with _Progress(runs, int(done.sum()), progress) as report:
         size = chosen * len(devices)
         for first in range(0, len(waiting), size):
             now = waiting[first : first + size]
             filled = np.resize(now, size)  # the last round may have room to spare
-            round_ = Jobs(*(field[filled] for field in jobs))
-            found = jax.device_get(compute(round_, shared))
+            found = jax.device_get(compute(search.jobs(filled), shared))
             for field, new in zip(outcomes, found, strict=True):
                 field[now] = new[: len(now)]
             if saved is not None:
                 saved.add(now, outcomes)
             report(len(now))
-    return outcomes
+    return Outcome(*(field.reshape(search.shape) for field in outcomes))
 
 
-def fingerprint(
-    training: Training, jobs: Jobs, shared: Shared, programs: tuple[Any, ...]
-) -> dict[str, Any]:
+def fingerprint(search: Search, shared: Shared, programs: tuple[Any, ...]) -> dict[str, Any]:
     """What the results follow from, by name."""
     texts = [without_addresses(traced.lower().as_text()) for traced in programs]
     return {
-        "thresholds": sorted({float(c) for c in jobs.threshold}),
-        "folds": digest(shared.folds),
-        "seeds": int(jobs.seed.max()) + 1,
-        "steps": training.steps,
-        "batch_size": training.batch_size,
+        "thresholds": search.thresholds.tolist(),
+        "folds": digest(search.pairs),
+        "seeds": search.seeds,
+        "steps": search.steps,
+        "batch_size": search.batch_size,
         "key": digest(shared.key),
         "data": digest(shared.data),
         "functions": digest(*texts, *(traced.jaxpr.consts for traced in programs)),
-        "jax": jax.__version__,
+        "versions": f"jax {jax.__version__}, numpy {np.__version__}",
         "device": jax.local_devices()[0].device_kind,
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from optaxclip import _folds, _runs
 from optaxclip._leaves import Tree
-from optaxclip._search import train_all
+from optaxclip._search import Search, run_all
 from optaxclip._validation import CrossValidation
 from optaxclip.learning import check_count
 from optaxclip.thresholds import check_between
@@ -57,8 +57,8 @@ def cross_validate(
         out once; or (train, validation) pairs of indices, such as
         `list(StratifiedKFold(5).split(x, y))`.
       steps: of the optimizer, in each run.
-      batch_size: examples a step, at most as many as the smallest training set has. An epoch is
-        as many whole batches as that has, of a new random order of all examples of the fold.
+      batch_size: examples a step, at most as many as the smallest training set has. Batches go
+        through all examples that train in one random order after another.
       key: for the folds, the start, the batches and `pass_key`. Runs that differ in the
         threshold alone start alike and see the same batches.
       seeds: runs of each threshold and fold.
@@ -118,7 +118,8 @@ def cross_validate(
         raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
     data, number = _folds.check_data(data)
     key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    pairs = _folds.split(folds, number, np.asarray(jax.random.key_data(key)).ravel())
+    entropy = np.asarray(jax.random.key_data(key)).ravel()
+    pairs = _folds.split(folds, number, entropy)
     smallest = min(len(train) for train, _ in pairs)
     if batch_size > smallest:
         raise ValueError(
@@ -127,24 +128,19 @@ def cross_validate(
         )
     tables, sizes = _folds.tables(pairs)
     training = _runs.Training(
-        make_optimizer,
-        init_fn,
-        loss_fn,
-        metric_fn,
-        grad,
-        pass_key,
-        steps,
-        batch_size,
-        smallest // batch_size,
-        sizes,
+        make_optimizer=_runs.hashable(make_optimizer),
+        init_fn=_runs.hashable(init_fn),
+        loss_fn=_runs.hashable(loss_fn),
+        metric_fn=_runs.hashable(metric_fn),
+        grad=_runs.hashable(grad),
+        pass_key=pass_key,
+        validation_sizes=sizes,
     )
-    shape = (len(candidates), len(pairs), seeds)
-    grid = np.indices(shape).reshape(3, -1).astype(np.int32)
-    jobs = _runs.Jobs(candidates[grid[0]], grid[1], grid[2])
+    search = Search(candidates, pairs, seeds, steps, batch_size, entropy)
     shared = _runs.Shared(tables, key, data)
-    outcomes = train_all(training, jobs, shared, runs_at_once, progress, resume_dir)
+    outcomes = run_all(search, training, shared, runs_at_once, progress, resume_dir)
 
-    score, failed, rate, norm = (field.reshape(shape) for field in outcomes)
+    score, failed, rate, norm = (np.moveaxis(field, 2, 0) for field in outcomes)
     worst = -np.inf if mode == "max" else np.inf
     scores = np.where(failed, worst, score.astype(float))
     return CrossValidation(candidates, scores, failed, rate, norm, mode)

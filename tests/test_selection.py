@@ -1,6 +1,7 @@
 """Cross-validation against plain loops, and what must hold when it is interrupted."""
 
 import csv
+import dataclasses
 import functools
 import json
 import signal
@@ -139,11 +140,10 @@ def test_no_example_of_the_fold_is_trained_on_and_all_of_them_score():
     assert sorted(found) == [3, 4, 4]
 
 
-def test_an_epoch_repeats_no_example_and_many_leave_none_out():
-    # 7 or 8 train, in one batch of 4 an epoch.
-    assert set(counting(lambda counts, ids: jnp.max(counts), 1)) == {1}
-    assert sorted(counting(lambda counts, ids: jnp.sum(counts > 0), 40)) == [7, 7, 8]
-    assert sorted(counting(lambda counts, ids: jnp.sum(counts), 40)) == [160] * 3
+def test_every_example_is_drawn_as_often_as_any_other():
+    # 7 or 8 train, 160 are drawn.
+    most = counting(lambda counts, ids: jnp.max(counts) + 1000 * jnp.sum(counts > 0), 40)
+    assert sorted(most) == [7023, 7023, 8020]
 
 
 def test_batches_are_the_same_for_every_threshold_and_differ_by_seed():
@@ -490,6 +490,20 @@ def test_loss_gets_a_new_key_every_step():
     assert np.all(np.abs(sums - 200) < 35)
 
 
+@dataclasses.dataclass
+class Scaled:
+    """A callable without a hash."""
+
+    scale: float
+
+    def __call__(self, w, batch):
+        return self.scale * error(w, batch)
+
+
+def test_functions_need_no_hash():
+    np.testing.assert_allclose(linear(metric_fn=Scaled(2.0)).mean, 2 * linear().mean, rtol=1e-6)
+
+
 def test_keys_of_the_old_kind_will_do():
     np.testing.assert_array_equal(linear(key=jax.random.PRNGKey(0)).scores, linear().scores)
 
@@ -500,6 +514,7 @@ def test_progress_is_a_line_on_stderr_or_silent(capsys, tmp_path):
     assert printed.out == ""
     assert "12 of 12 runs" in printed.err
     linear(progress=True, resume_dir=tmp_path)
+    assert capsys.readouterr().err == "12 of 12 runs are there\n"
     linear()
     assert capsys.readouterr() == ("", "")
 
