@@ -11,6 +11,7 @@ from scipy import stats
 
 COLOURS = {"none": "#3b3b3b", "global": "#0072b2", "per_example": "#d55e00"}
 BINS = 10
+DRAWN = 5  # of ten, the inner ones hold a few patients each
 MEASURES = {
     "sensitivity": "sensitivity, %",
     "specificity": "specificity, %",
@@ -89,7 +90,7 @@ def figure_of(found: list[Assessment], titles: dict[str, str], searches: dict[st
             left.axhline(unclipped, color=COLOURS["none"], lw=1, ls=":")
         left.set(
             xscale="log",
-            title="Cross-validation, the last seed (dotted: no bound)",
+            title="Cross-validation, last seed; dotted: no bound",
             xlabel="threshold",
             ylabel="log loss",
         )
@@ -100,10 +101,10 @@ def figure_of(found: list[Assessment], titles: dict[str, str], searches: dict[st
                 np.concatenate([getattr(x, name) for x in mine])
                 for name in ("probability", "malignant")
             )
-            said, was, number = np.array(_bins(p, y)).T
-            spread = 1.96 * np.sqrt(was * (1 - was) / number)
+            said, was, number = np.array(_bins(p, y, DRAWN)).T
+            spread = np.abs(_wilson(was, number) - was)
             middle.errorbar(
-                said + 0.008 * (k - 1), was, spread, fmt="o-", color=COLOURS[method], ms=4, lw=1.1
+                said + 0.01 * (k - 1), was, spread, fmt="o-", color=COLOURS[method], ms=4, lw=1.1
             )
             for at, name in enumerate(("sensitivity", "specificity")):
                 mean, half = interval([x.measures()[name] for x in mine])
@@ -122,9 +123,18 @@ def figure_of(found: list[Assessment], titles: dict[str, str], searches: dict[st
     return figure
 
 
-def _bins(p: np.ndarray, y: np.ndarray) -> list[tuple[float, float, int]]:
+def _wilson(share: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The ends of the 95 % interval of a share of `number`: lower, upper."""
+    z = 1.96
+    middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+    half = z * np.sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
+    # Rounding must not put a share of 0 or 1 outside of its interval.
+    return np.stack([np.minimum(middle - half, share), np.maximum(middle + half, share)])
+
+
+def _bins(p: np.ndarray, y: np.ndarray, number: int = BINS) -> list[tuple[float, float, int]]:
     """Mean probability, share of malignant and number, for each bin that holds a patient."""
-    place = np.minimum((p * BINS).astype(int), BINS - 1)
+    place = np.minimum((p * number).astype(int), number - 1)
     return [
         (float(p[place == k].mean()), float(y[place == k].mean()), int(np.sum(place == k)))
         for k in np.unique(place)

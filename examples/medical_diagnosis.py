@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Chooses, trains, assesses; prints the table and writes the files."""
     options = parse(argv)
     start = time.perf_counter()
-    thresholds = [*np.geomspace(0.03, 30, 5 if options.quick else 9), np.inf]
+    thresholds = [*np.geomspace(0.003, 10, 5 if options.quick else 11), np.inf]
     optimizers = {name: optimizer_of(method) for name, method in METHODS.items()}
     trained = {name: trainer(optimizers[name], METHODS[name].grad) for name in METHODS}
     found, searches = [], {}

@@ -95,11 +95,14 @@ def run_all(
         compute = program(training, chosen, tuple(devices))
     with _Progress(runs, int(done.sum()), progress) as report:
         size = chosen * len(devices)
-        for first in range(0, len(waiting), size):
-            now = waiting[first : first + size]
-            filled = np.resize(now, size)  # the last round may have room to spare
-            found = jax.device_get(compute(search.jobs(filled), shared))
-            for field, new in zip(outcomes, found, strict=True):
+        rounds = [waiting[first : first + size] for first in range(0, len(waiting), size)]
+        begun: list[Any] = []
+        for k, now in enumerate(rounds):
+            # One round is always under way while the results of the one before are kept.
+            for later in rounds[k + len(begun) : k + 2]:
+                filled = np.resize(later, size)  # the last round may have room to spare
+                begun.append(compute(search.jobs(filled), shared))
+            for field, new in zip(outcomes, jax.device_get(begun.pop(0)), strict=True):
                 field[now] = new[: len(now)]
             if saved is not None:
                 saved.add(now, outcomes)

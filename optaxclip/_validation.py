@@ -18,7 +18,7 @@ class CrossValidation:
     """
 
     thresholds: np.ndarray
-    """[thresholds], increasing."""
+    """[thresholds], increasing, as they were given."""
     scores: np.ndarray
     """What `metric_fn` gave."""
     failed: np.ndarray

@@ -109,7 +109,7 @@ def cross_validate(
       >>> print(found.best, found.mean.round(2))
       1.0 [3.1 0. ]
     """
-    candidates = _check_thresholds(thresholds)
+    given, candidates = _check_thresholds(thresholds)
     for value, name in ((steps, "steps"), (batch_size, "batch_size"), (seeds, "seeds")):
         check_count(value, name)
     if runs_at_once is not None:
@@ -143,7 +143,7 @@ def cross_validate(
     score, failed, rate, norm = (np.moveaxis(field, 2, 0) for field in outcomes)
     worst = -np.inf if mode == "max" else np.inf
     scores = np.where(failed, worst, score.astype(float))
-    return CrossValidation(candidates, scores, failed, rate, norm, mode)
+    return CrossValidation(given, scores, failed, rate, norm, mode)
 
 
 def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
@@ -198,7 +198,8 @@ def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
     return bound
 
 
-def _check_thresholds(thresholds: Any) -> np.ndarray:
+def _check_thresholds(thresholds: Any) -> tuple[np.ndarray, np.ndarray]:
+    """As they were given, and as they are traced."""
     found = np.asarray(thresholds, jnp.result_type(float))
     if found.ndim != 1 or not found.size:
         raise ValueError(
@@ -214,4 +215,4 @@ def _check_thresholds(thresholds: Any) -> np.ndarray:
             f"thresholds must increase, in {found.dtype}, got {found[at]} before {found[at + 1]}."
             " Sort them, and leave repeated ones out."
         )
-    return found
+    return np.asarray(thresholds, float), found
