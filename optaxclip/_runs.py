@@ -161,7 +161,8 @@ def bytes_of(jaxpr: Any) -> int:
     for equation in jaxpr.eqns:
         for var in equation.outvars:
             aval = var.aval
-            total += getattr(aval, "size", 0) * getattr(aval.dtype, "itemsize", 1)
+            dtype = getattr(aval, "dtype", None)  # a token has none
+            total += getattr(aval, "size", 0) * getattr(dtype, "itemsize", 1)
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)

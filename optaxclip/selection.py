@@ -91,8 +91,9 @@ def cross_validate(
       scores `-inf`, and its threshold is chosen only where all others failed as often.
 
     Edge cases:
-      Runs are spread over all local devices. The results are of the first clipper in the
-      optimizer. Repeated calls with the same functions and shapes compile nothing.
+      Runs are spread over all local devices. Clip rate and norm are those of the first clipper in
+      the optimizer. Repeated calls with the same functions and shapes compile nothing; as under
+      `jax.jit`, what the functions close over is then not read again.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
@@ -117,7 +118,7 @@ def cross_validate(
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
     data, number = _folds.check_data(data)
-    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    key = _check_key(key)
     entropy = np.asarray(jax.random.key_data(key)).ravel()
     pairs = _folds.split(folds, number, entropy)
     smallest = min(len(train) for train, _ in pairs)
@@ -196,6 +197,14 @@ def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
             " where the gradient is not zero, or pass a smaller target_clip_rate."
         )
     return bound
+
+
+def _check_key(key: Any) -> jax.Array:
+    """A typed key."""
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key must be a JAX key, got {key!r}. Pass for example jax.random.key(0).")
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
 
 
 def _check_thresholds(thresholds: Any) -> tuple[np.ndarray, np.ndarray]:
