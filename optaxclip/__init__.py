@@ -3,6 +3,7 @@
 from optaxclip._statistics import ClipStats as ClipStats
 from optaxclip._statistics import ExampleStats as ExampleStats
 from optaxclip._statistics import GroupStats as GroupStats
+from optaxclip._validation import CrossValidation as CrossValidation
 from optaxclip.adaptive import adagc as adagc
 from optaxclip.adaptive import autoclip as autoclip
 from optaxclip.adaptive import clip_by_history as clip_by_history
@@ -35,6 +36,8 @@ from optaxclip.per_example import per_example_norms as per_example_norms
 from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example import register_rule as register_rule
 from optaxclip.per_example import trim_by_norm as trim_by_norm
+from optaxclip.selection import cross_validate as cross_validate
+from optaxclip.selection import suggest_threshold as suggest_threshold
 from optaxclip.spectral import clip_singular_values as clip_singular_values
 from optaxclip.spike_aware import adaclip as adaclip
 from optaxclip.spike_aware import spam_clip as spam_clip

@@ -223,3 +223,54 @@ def test_per_example_clipping_withstands_wrong_labels_where_global_clipping_does
     assert single >= batch + 8
     printed = re.search(r"per-example clip over global clip, points: \+([\d.]+)", done.stdout)
     assert float(printed[1]) == pytest.approx(single - batch, abs=0.06)
+
+
+@pytest.mark.slow
+def test_convergence_price_is_paid_by_strict_bounds(tmp_path):
+    done = run("convergence_price.py", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "convergence_price.png").read_bytes().startswith(PNG)
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    by_clipper = {x["clipper"]: [y for y in record if y["clipper"] == x["clipper"]] for x in record}
+    assert set(by_clipper) == {"global", "leaf", "value", "per_example"}
+    for clipper, rows in by_clipper.items():
+        strict, *_, none = rows
+        assert (strict["clipped"], none["clipped"]) == (1, 0)
+        assert strict["accuracy"] < 0.5 < 0.9 < none["accuracy"]
+        assert strict["steps"] == math.inf > none["steps"]
+        assert none["cosine"] == pytest.approx(1, abs=1e-5)
+        turned = min(row["cosine"] for row in rows)
+        assert turned == pytest.approx(1, abs=1e-5) if clipper == "global" else turned < 0.995
+
+
+@pytest.mark.slow
+def test_medical_diagnosis_reports_calibration_and_both_kinds_of_mistake(tmp_path):
+    done = run("medical_diagnosis.py", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "medical_diagnosis.png").read_bytes().startswith(PNG)
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [x["seed"] for x in record if x["method"] == "global"] == [0, 1, 2]
+    for row in record:
+        assert row["sensitivity"] > 75
+        assert row["specificity"] > 85
+        assert 0 < row["brier"] < 0.1
+        assert 0 < row["calibration"] < 0.15
+    head, bare, *_ = done.stdout.splitlines()
+    for title in ("sensitivity", "specificity", "Brier score", "calibration error", "threshold"):
+        assert title in head
+    mean = sum(x["sensitivity"] for x in record if x["method"] == "none") / 3
+    assert bare.split()[2:4] == [f"{mean:.1f}", "±"]
+
+
+@pytest.mark.slow
+def test_optuna_workers_share_a_study(tmp_path):
+    """The second worker finds what the first has told the database."""
+    storage = f"sqlite:///{tmp_path}/search.db"
+    for trials in (2, 4):
+        done = run("optuna_search.py", "--quick", "--seed", str(trials), "--storage", storage)
+        assert done.returncode == 0, done.stderr
+        assert re.search(rf"^{trials} trials in the study, 0 more diverged$", done.stdout, re.M)
+    _, best, *others, _ = done.stdout.splitlines()
+    accuracies = [float(line.split()[2]) for line in (best, *others)]
+    assert len(accuracies) == 4
+    assert accuracies == sorted(accuracies, reverse=True)

@@ -1,0 +1,227 @@
+"""Choosing a threshold: by cross-validation, or from the norms of a run."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import _folds, _runs
+from optaxclip._leaves import Tree
+from optaxclip._search import Search, run_all
+from optaxclip._validation import CrossValidation
+from optaxclip.learning import check_count
+from optaxclip.thresholds import check_between
+
+Mode = Literal["max", "min"]
+
+
+def cross_validate(
+    make_optimizer: Callable[[jax.Array], Any],
+    thresholds: Any,
+    *,
+    init_fn: Callable[[jax.Array], Tree],
+    loss_fn: Callable[..., jax.Array],
+    metric_fn: Callable[[Tree, Tree], jax.Array],
+    data: Tree,
+    folds: int | float | Sequence = 5,
+    steps: int,
+    batch_size: int,
+    key: jax.Array,
+    seeds: int = 1,
+    mode: Mode = "max",
+    grad: Callable[[Callable], Callable] = jax.grad,
+    pass_key: bool = False,
+    runs_at_once: int | None = None,
+    progress: bool = True,
+    resume_dir: Any = None,
+) -> CrossValidation:
+    """Trains with every threshold on every fold, and scores on the examples left out.
+
+    All runs share one compilation, as the threshold is traced: any clipper will do whose bound
+    may be an array, per example too.
+
+    Args:
+      make_optimizer: `threshold -> optimizer`, such as
+        `lambda c: optax.chain(optaxclip.clip_by_global_norm(c), optax.adam(1e-3))`. The threshold
+        is a traced scalar.
+      thresholds: the candidates: > 0, increasing; the last may be `inf`.
+      init_fn: `key -> params`.
+      loss_fn: `(params, batch) -> scalar`, the mean over the batch: the rows of `data` that were
+        drawn.
+      metric_fn: `(params, examples) -> scalar`, on all examples of a fold at once.
+      data: a tree of arrays with one row an example.
+      folds: k >= 2 folds of a random order, that differ by one example at most; a share to hold
+        out once; or (train, validation) pairs of indices, such as
+        `list(StratifiedKFold(5).split(x, y))`.
+      steps: of the optimizer, in each run.
+      batch_size: examples a step, at most as many as the smallest training set has. Batches go
+        through all examples that train in one random order after another.
+      key: for the folds, the start, the batches and `pass_key`. Runs that differ in the
+        threshold alone start alike and see the same batches.
+      seeds: runs of each threshold and fold.
+      mode: whether the highest or the lowest score is best.
+      grad: makes a gradient function of `loss_fn`; `per_example_grad` for a loss of one example,
+        `functools.partial(per_example_grad, keep_batch_dim=True)` for one of a batch.
+      pass_key: whether `loss_fn` takes a key as third argument, for dropout.
+      runs_at_once: how many runs a device trains side by side (`vmap`). Default: 1 on CPU, where
+        more is hardly faster, and on accelerators as many as fit into half of the free memory.
+      progress: a line on stderr.
+      resume_dir: where finished runs are kept. Called again with the same arguments, only what
+        is missing is computed.
+
+    Returns:
+      A `CrossValidation`: `best`, `one_standard_error` (the strictest threshold within one), and
+      by threshold `mean`, `standard_error`, `failures`, `clip_rate`, `final_norm`; `fold_scores`
+      and `scores` of every run; `to_csv(path)`, `plot(path)`. It prints as a table.
+
+    Raises:
+      ValueError: before any training: thresholds that are empty, not positive or not
+        increasing; more folds than examples; data of different lengths; a batch larger than a
+        training set; a metric that is not scalar; the `resume_dir` of another experiment.
+      TypeError: an optimizer that needs the value of its threshold.
+
+    Guarantees:
+      Every example validates once in k folds, and none is left out for an even split. A run's
+      result depends on nothing but its threshold, fold and seed, not on which were computed
+      before: resumed results are those of an uninterrupted search, bit for bit, on the same
+      machine and versions. A run whose score or parameters end as NaN or infinity has failed: it
+      scores `-inf`, and its threshold is chosen only where all others failed as often.
+
+    Edge cases:
+      Runs are spread over all local devices. Clip rate and norm are those of the first clipper in
+      the optimizer. Repeated calls with the same functions and shapes compile nothing; as under
+      `jax.jit`, what the functions close over is then not read again.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
+      >>> x = jnp.linspace(-1.0, 1.0, 20)
+      >>> found = optaxclip.cross_validate(
+      ...     lambda c: optax.chain(optaxclip.clip_by_global_norm(c), optax.sgd(0.1)),
+      ...     [0.01, 1.0],
+      ...     init_fn=lambda key: jnp.zeros(()),
+      ...     loss_fn=lambda w, batch: jnp.mean((w * batch[0] - batch[1]) ** 2),
+      ...     metric_fn=lambda w, batch: jnp.mean((w * batch[0] - batch[1]) ** 2),
+      ...     data=(x, 3.0 * x), steps=100, batch_size=8, key=jax.random.key(0), mode="min",
+      ...     progress=False,
+      ... )
+      >>> print(found.best, found.mean.round(2))
+      1.0 [3.1 0. ]
+    """
+    given, candidates = _check_thresholds(thresholds)
+    for value, name in ((steps, "steps"), (batch_size, "batch_size"), (seeds, "seeds")):
+        check_count(value, name)
+    if runs_at_once is not None:
+        check_count(runs_at_once, "runs_at_once")
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
+    data, number = _folds.check_data(data)
+    key = _check_key(key)
+    entropy = np.asarray(jax.random.key_data(key)).ravel()
+    pairs = _folds.split(folds, number, entropy)
+    smallest = min(len(train) for train, _ in pairs)
+    if batch_size > smallest:
+        raise ValueError(
+            f"batch_size must be at most the smallest training set, got {batch_size} for"
+            f" {smallest}. Pass {smallest} or less."
+        )
+    tables, sizes = _folds.tables(pairs)
+    training = _runs.Training(
+        make_optimizer=_runs.hashable(make_optimizer),
+        init_fn=_runs.hashable(init_fn),
+        loss_fn=_runs.hashable(loss_fn),
+        metric_fn=_runs.hashable(metric_fn),
+        grad=_runs.hashable(grad),
+        pass_key=pass_key,
+        validation_sizes=sizes,
+    )
+    search = Search(candidates, pairs, seeds, steps, batch_size, entropy)
+    shared = _runs.Shared(tables, key, data)
+    outcomes = run_all(search, training, shared, runs_at_once, progress, resume_dir)
+
+    score, failed, rate, norm = (np.moveaxis(field, 2, 0) for field in outcomes)
+    worst = -np.inf if mode == "max" else np.inf
+    scores = np.where(failed, worst, score.astype(float))
+    return CrossValidation(given, scores, failed, rate, norm, mode)
+
+
+def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
+    """The bound that would have clipped a given share of the steps of a run.
+
+    The smallest of the recorded norms that at most `target_clip_rate` of them exceed.
+
+    Args:
+      norms: norms before clipping, of any shape: `clip_stats(...)[...].pre_clip_norm` step by
+        step, of a run without clipping (a bound of `inf` measures and does not clip).
+      target_clip_rate: from 0 (the largest norm) to below 1.
+
+    Returns:
+      The bound, a float.
+
+    Raises:
+      ValueError: no finite norm; a negative one; a rate out of range; a bound of 0, where that
+        many steps had no gradient.
+
+    Edge cases:
+      Norms that are NaN or infinite are left out, with a warning that says how many: they come
+      from steps that no bound would have mended (see `skip_nonfinite`).
+
+    Example:
+      >>> import optaxclip
+      >>> print(optaxclip.suggest_threshold([1.0, 9.0, 2.0, 3.0], target_clip_rate=0.25))
+      3.0
+    """
+    check_between(target_clip_rate, "target_clip_rate", 0.0, 1.0, last=False)
+    recorded = np.asarray(norms, float).ravel()
+    known = np.sort(recorded[np.isfinite(recorded)])
+    if not known.size:
+        raise ValueError(
+            f"norms must hold a finite number, got {recorded.size} without one. Record"
+            " clip_stats(opt_state)[...].pre_clip_norm at every step."
+        )
+    if known[0] < 0:
+        raise ValueError(f"norms must be >= 0, got {known[0]}. Pass norms, not their logarithms.")
+    if known.size < recorded.size:
+        warnings.warn(
+            f"{recorded.size - known.size} of {recorded.size} norms are not finite and were left"
+            " out.",
+            stacklevel=2,
+        )
+    above = int(target_clip_rate * known.size + 1e-9)  # 0.07 * 100 is a little more than 7
+    bound = float(known[known.size - 1 - above])
+    if bound == 0:
+        raise ValueError(
+            f"the bound would be 0, got {np.mean(known == 0):.0%} of norms that are. Record them"
+            " where the gradient is not zero, or pass a smaller target_clip_rate."
+        )
+    return bound
+
+
+def _check_key(key: Any) -> jax.Array:
+    """A typed key."""
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key must be a JAX key, got {key!r}. Pass for example jax.random.key(0).")
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
+
+
+def _check_thresholds(thresholds: Any) -> tuple[np.ndarray, np.ndarray]:
+    """As they were given, and as they are traced."""
+    found = np.asarray(thresholds, jnp.result_type(float))
+    if found.ndim != 1 or not found.size:
+        raise ValueError(
+            f"thresholds must be a list of numbers, got {thresholds!r}. Pass for example"
+            " np.geomspace(0.1, 10, 16)."
+        )
+    if not found[0] > 0:
+        raise ValueError(f"thresholds must be > 0, got {found[0]}. Leave it out.")
+    falling = np.flatnonzero(~(np.diff(found) > 0))
+    if falling.size:
+        at = falling[0]
+        raise ValueError(
+            f"thresholds must increase, in {found.dtype}, got {found[at]} before {found[at + 1]}."
+            " Sort them, and leave repeated ones out."
+        )
+    return np.asarray(thresholds, float), found
