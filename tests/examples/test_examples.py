@@ -158,6 +158,20 @@ def test_unstable_training_needs_a_clipper(tmp_path):
     assert (tmp_path / "unstable_training.png").read_bytes().startswith(PNG)
 
 
+def test_driving_needs_clipping(tmp_path):
+    done = run("driving_bptt.py", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    bare, clipped = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert (bare["clipped"], clipped["clipped"]) == (False, True)
+    assert bare["rate"] == clipped["rate"]
+    assert bare["on_road"] < 0.1
+    assert clipped["on_road"] > 0.95
+    assert clipped["rms"] < 0.3
+    assert clipped["norms"][2] > 1e3 * clipped["norms"][1]
+    assert re.search(r"none +2e-02 +0 +0%", done.stdout)
+    assert (tmp_path / "driving.png").read_bytes().startswith(PNG)
+
+
 def test_dp_sgd_prints_epsilon_delta_and_accuracy():
     done = run("dp_sgd.py", "--steps", "60", "--print-every", "30")
     assert done.returncode == 0, done.stderr
