@@ -136,33 +136,34 @@ def _regularisers(results: Results) -> str:
 
 
 def _price(results: Results) -> str:
-    rows = []
+    runs, rows = len(results.cells) * len(results.seeds), []
     for strict in STRICTNESS:
-        accuracy, steps = ([], [])
-        for cell in results.cells:
-            for measure, into in (("accuracy", accuracy), ("steps", steps)):
-                a = results.values(measure, cell, "plain", "strict", strict)
-                b = results.values(measure, cell, "plain", "base", "none")
-                into.append(np.mean(a - b) if measure == "accuracy" else np.mean(np.log(a / b)))
-        never = sum(
-            (results.values("accuracy", c, "plain", "strict", strict) < results.target(c)).sum()
-            for c in results.cells
-        )
-        rate = np.mean(
-            [results.values("clip_rate", c, "plain", "strict", strict) for c in results.cells]
-        )
-        runs = len(results.cells) * len(results.seeds)
+
+        def over(measure: str, strict: float = strict) -> np.ndarray:
+            return np.array([results.values(measure, c, "plain", "strict", strict)
+                             for c in results.cells])  # fmt: skip
+
+        def before(measure: str) -> np.ndarray:
+            return np.array([results.values(measure, c, "plain", "base", "none")
+                             for c in results.cells])  # fmt: skip
+
+        targets = np.array([results.target(c) for c in results.cells])
+        accuracy = over("accuracy")
+        ratios = [
+            np.mean(np.log(np.maximum(over(m), 1e-6) / np.maximum(before(m), 1e-6)), axis=1)
+            for m in ("steps", "sensitivity")
+        ]
         rows.append(
             [
                 f"{strict:g}",
-                f"{100 * rate:.0f} %",
-                shown(np.array(accuracy), 100),
-                percent(np.array(steps)),
-                f"{never} of {runs}",
+                f"{100 * np.mean(over('clip_rate')):.0f} %",
+                shown(np.mean(accuracy - before("accuracy"), axis=1), 100),
+                *map(percent, ratios),
+                f"{np.sum(accuracy < targets[:, None])} of {runs}",
             ]
         )
     head = ["bound over the median norm", "clipped", "accuracy", "steps to the target"]
-    return table([*head, "below the target at the end"], rows)
+    return table([*head, "sensitivity of logits", "below the target at the end"], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

@@ -13,16 +13,20 @@ differs, 1 or infinity. Without clipping the first steps throw the weights so fa
 is locked, the car drives in circles, and hardly any gradient is left to bring it back. A smaller
 learning rate is no way out: the rest of the table has runs without clipping at rates 10 to 10^5
 times smaller. At none of them do all three seeds drive, and the few that do stay seven times
-further from the middle.
+further from the middle. With Adam, which divides by the gradient's own size, less depends on it:
+two of three seeds learn to drive either way, with clipping three to ten times closer to the middle,
+and the third does not.
 
-    python examples/driving_bptt.py            # 3 seeds, half a minute on 2 cores
-    python examples/driving_bptt.py --quick    # 1 seed, fewer steps: 15 seconds
+    python examples/driving_bptt.py                     # 3 seeds, half a minute on 2 cores
+    python examples/driving_bptt.py --quick             # 1 seed, fewer steps: 15 seconds
+    python examples/driving_bptt.py --optimizer adam
 
 A table goes to the terminal, `driving.png` and `results.json` to the folder `--out`.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -46,7 +50,8 @@ WAVELENGTHS, AMPLITUDES = np.array([60.0, 110.0]), np.array([2.5, 5.0])  # of th
 AHEAD = np.array([0.0, 6.0, 12.0, 24.0])  # where the policy looks, m
 HALF_WIDTH = 2.0  # of the road, m
 UNITS, BATCH, TEST_ROADS = 16, 8, 64
-RATE, MOMENTUM, BOUND = 0.02, 0.9, 1.0
+RATE, BOUND = 0.02, 1.0
+OPTIMIZERS = {"sgd": lambda rate: optax.sgd(rate, momentum=0.9), "adam": optax.adam}
 
 
 class Driver(nnx.Module):
@@ -140,12 +145,14 @@ class Run:
         return float(np.sqrt(np.mean(self.distance**2)))
 
 
-def train(bound: jax.Array, rate: jax.Array, seed: jax.Array, iterations: int) -> tuple[Any, ...]:
+def train(
+    optimizer: str, iterations: int, bound: jax.Array, rate: jax.Array, seed: jax.Array
+) -> tuple[Any, ...]:
     """Losses and norms of the training steps, and the drives on the test roads."""
     key = jax.random.key(seed)
     _, params = nnx.split(Driver(nnx.Rngs(key)))
     # A bound of infinity never clips.
-    tx = optax.chain(optaxclip.clip_by_global_norm(bound), optax.sgd(rate, momentum=MOMENTUM))
+    tx = optax.chain(optaxclip.clip_by_global_norm(bound), OPTIMIZERS[optimizer](rate))
 
     def step(carry, key):
         params, state = carry
@@ -166,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     settings = [(np.inf, RATE), (BOUND, RATE), *((np.inf, RATE * k) for k in options.smaller)]
     plan = [(*setting, seed) for setting in settings for seed in range(options.seeds)]
-    program = jax.jit(jax.vmap(lambda b, r, s: train(b, r, s, options.iterations)))
+    program = jax.jit(jax.vmap(functools.partial(train, options.optimizer, options.iterations)))
     bounds, rates, seeds = (np.array(column) for column in zip(*plan, strict=True))
     found = program(np.float32(bounds), np.float32(rates), seeds)
     runs = [Run(*key, *values) for key, *values in zip(plan, *map(np.asarray, found), strict=True)]
@@ -226,6 +233,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     parser.add_argument("--out", type=Path, default=Path("out/driving_bptt"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="1 seed, fewer steps")
     options = parser.parse_args(argv)

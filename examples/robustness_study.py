@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": options.steps, "seeds": options.seeds, "rates": RATES, "stress": STRESS}
+    settings = {"steps": options.steps, "seeds": options.seeds, "rates": RATES}
+    settings |= {"stress": list(STRESS)}
     same_settings(options.out / "settings.json", settings)
     path = options.out / "results.csv"
     missing = [p for p in pieces(options) if p not in finished(path, options.seeds)]
@@ -108,13 +109,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--minutes", type=float, default=60.0, help="start nothing after them")
     parser.add_argument("--out", type=Path, default=Path("out/robustness_study"), metavar="FOLDER")
     parser.add_argument("--page", type=Path, help="a page to write the tables into")
     parser.add_argument("--quick", action="store_true", help="MLP on digits, 2 seeds, 60 steps")
     options = parser.parse_args(argv)
-    options.data = ["digits"] if options.quick else list(DATA)
-    options.models = ["MLP"] if options.quick else list(MODELS)
+    if options.quick:
+        options.data, options.models = ["digits"], ["MLP"]
     options.regularisers = list(REGULARISERS[: 2 if options.quick else None])
     options.steps, options.seeds = (60, 2) if options.quick else (250, 5)
     return options

@@ -172,6 +172,33 @@ def test_driving_needs_clipping(tmp_path):
     assert (tmp_path / "driving.png").read_bytes().startswith(PNG)
 
 
+def test_robustness_study_goes_on_where_it_stopped_and_fills_its_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- price -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    arguments = ("robustness_study.py", "--quick", "--out", str(tmp_path), "--page", str(page))
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 4 * 6 * 2
+    stress = {k: [float(r["accuracy"]) for r in found if (r["setting"], r["variant"]) == k]
+              for k in (("stress", "none"), ("stress", "per-example"))}  # fmt: skip
+    assert max(stress["stress", "none"]) < 0.7 < min(stress["stress", "per-example"])
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert re.search(
+        r"before\n<!-- price -->\n\n\| bound[^<]*\| 0.003 [^<]*<!-- end -->\nafter", text
+    )
+    for name in ("stability", "sensitivity", "price"):
+        assert (tmp_path / f"robustness_{name}.png").read_bytes().startswith(PNG)
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "plain, base" in done.stdout
+    assert "plain, base" not in again.stdout
+    other = run("robustness_study.py", "--out", str(tmp_path))
+    assert "the folder holds a study with other settings" in other.stderr
+
+
 def test_dp_sgd_prints_epsilon_delta_and_accuracy():
     done = run("dp_sgd.py", "--steps", "60", "--print-every", "30")
     assert done.returncode == 0, done.stderr
