@@ -36,6 +36,10 @@ from optaxclip.per_example import per_example_norms as per_example_norms
 from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example import register_rule as register_rule
 from optaxclip.per_example import trim_by_norm as trim_by_norm
+from optaxclip.robustness import SensitivityStats as SensitivityStats
+from optaxclip.robustness import adversarial_accuracy as adversarial_accuracy
+from optaxclip.robustness import input_sensitivity as input_sensitivity
+from optaxclip.robustness import noise_accuracy as noise_accuracy
 from optaxclip.selection import cross_validate as cross_validate
 from optaxclip.selection import suggest_threshold as suggest_threshold
 from optaxclip.spectral import clip_singular_values as clip_singular_values

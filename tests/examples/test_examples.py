@@ -172,6 +172,47 @@ def test_fsdp_transformer_learns_with_everything_split_but_the_statistics():
     assert "a clipper's norm: P()" in done.stdout
 
 
+def test_driving_needs_clipping(tmp_path):
+    done = run("driving_bptt.py", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    bare, clipped = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert (bare["clipped"], clipped["clipped"]) == (False, True)
+    assert bare["rate"] == clipped["rate"]
+    assert bare["on_road"] < 0.1
+    assert clipped["on_road"] > 0.95
+    assert clipped["rms"] < 0.3
+    assert clipped["norms"][2] > 1e3 * clipped["norms"][1]
+    assert re.search(r"none +2e-02 +0 +0%", done.stdout)
+    assert (tmp_path / "driving.png").read_bytes().startswith(PNG)
+
+
+def test_robustness_study_goes_on_where_it_stopped_and_fills_its_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- price -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    arguments = ("robustness_study.py", "--quick", "--out", str(tmp_path), "--page", str(page))
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 4 * 6 * 2
+    stress = {k: [float(r["accuracy"]) for r in found if (r["setting"], r["variant"]) == k]
+              for k in (("stress", "none"), ("stress", "per-example"))}  # fmt: skip
+    assert max(stress["stress", "none"]) < 0.7 < min(stress["stress", "per-example"])
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert re.search(
+        r"before\n<!-- price -->\n\n\| bound[^<]*\| 0.003 [^<]*<!-- end -->\nafter", text
+    )
+    for name in ("stability", "sensitivity", "price"):
+        assert (tmp_path / f"robustness_{name}.png").read_bytes().startswith(PNG)
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "plain, base" in done.stdout
+    assert "plain, base" not in again.stdout
+    other = run("robustness_study.py", "--out", str(tmp_path))
+    assert "the folder holds a study with other settings" in other.stderr
+
+
 def test_dp_sgd_prints_epsilon_delta_and_accuracy():
     done = run("dp_sgd.py", "--steps", "60", "--print-every", "30")
     assert done.returncode == 0, done.stderr
