@@ -3,18 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint docs bench
 
 demo: $(READY)
 	$(BIN)/python examples/compare_clippers.py
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py
