@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo multihost test lint bench
+.PHONY: demo multihost test lint docs bench
 
 demo: $(READY)
 	$(BIN)/python examples/compare_clippers.py
@@ -11,13 +11,16 @@ demo: $(READY)
 multihost: $(READY)
 	$(BIN)/python examples/multihost.py
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py

@@ -1,7 +1,7 @@
 """What each clipper does over time: driven with synthetic norms through its public `update`.
 
     python benchmarks/behaviour.py                 # about a minute on 2 cores; prints markdown
-    python benchmarks/behaviour.py --json out/behaviour.json --plot docs/behaviour.png
+    python benchmarks/behaviour.py --markdown docs/behaviour.md --plot docs/behaviour.png
 
 The streams and what is measured are those of `optaxclip.testing`: log-normal norms of level 0.1
 and sigma 0.1, with a spike, a lasting shift, a ramp, a spike in the warm-up, a NaN, a leaf
@@ -73,6 +73,42 @@ COLUMNS = {
     "shift 3": "x3 for good",
     "ramp": "x10 over 300 steps",
 }
+HEAD = (
+    "| clipper | steady: clipped | a 20x spike passes as | after one in the warm-up"
+    " | recovery x1.5 | x3 | least on the ramp | NaN forgotten | waking leaf | constant |\n"
+    f"| --- |{' ---: |' * 9}"
+)
+# Other pages include the table alone, from mark to mark.
+PAGE = """# What each clipper does over time
+
+`benchmarks/behaviour.py` drives every clipper through its public `update` with synthetic norms:
+log-normal, sigma 0.1, at a level of 0.1. Fixed bounds are at 1.2 levels. "Published" is
+`relearn_after=None`.
+
+<!-- table -->
+
+{table}
+
+<!-- end -->
+
+* **steady: clipped**: share of steps changed at a steady level.
+* **a 20x spike passes as**, also **after one** of 1000 times **in the warm-up**: in levels.
+* **recovery**: steps until the multiplier is back, after the level has risen for good.
+* **least on the ramp**: the smallest multiplier while the level rises tenfold over 300 steps.
+* **NaN forgotten**: whether steps after a NaN or an infinity are as if it had not been. The
+  published rules here are without their usual fault: nothing is learned from norms that are not
+  finite.
+* **waking leaf**: the multiplier of a leaf's first gradient after 300 steps of zeros.
+* **constant**: the smallest multiplier of norms that do not vary.
+
+Tests hold the clippers whose bound follows the norms, with their defaults, to at most 200 steps
+after x3, at most two levels for both spikes, no memory of a NaN, and at least half of a waking leaf
+and of constant norms (`optaxclip.testing.check_clipper`).
+
+![The multipliers over time](behaviour.png)
+
+This page and the picture are written by the script, with `--markdown` and `--plot`.
+"""
 
 
 def main() -> None:
@@ -85,11 +121,7 @@ def main() -> None:
     streams = norm_streams(LEVEL)
     stacked = np.stack([*streams.values()])
     factors, rows = {}, {}
-    print(
-        "| clipper | steady: clipped | a 20x spike passes as | after one in the warm-up"
-        " | recovery x1.5 | x3 | least on the ramp | NaN forgotten | waking leaf | constant |"
-    )
-    print(f"| --- |{' ---: |' * 9}", flush=True)
+    print(HEAD, flush=True)
     for name, make in makers.items():
         found = multipliers(make(), stacked, LEVEL)
         factors[name] = dict(zip(streams, found, strict=True))
@@ -102,6 +134,9 @@ def main() -> None:
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(factors, args.plot)
+    if args.markdown:
+        lines = [_markdown(name, row) for name, row in rows.items()]
+        args.markdown.write_text(PAGE.replace("{table}", "\n".join([HEAD, *lines])))
 
 
 def plot(factors: dict[str, dict[str, np.ndarray]], path: Path) -> None:
@@ -160,6 +195,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--plot", type=Path, help="also draw the multipliers here (PNG)")
+    parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     return parser.parse_args()
 
 

@@ -7,7 +7,11 @@ A step is `update` and `apply_updates` in one jitted function with donated state
 tree, optimizer and dtype all variants run in one process on the same buffers, in a new random
 order every round, and what is quoted is the median over rounds of time / time of the optimizer
 alone in that round. The optimizer alone runs twice a round: the second is the "A/A" column,
-which shows what the machine's noise is worth. Prints markdown; writes JSON with `--json`.
+which shows what the machine's noise is worth. Prints markdown; writes JSON with `--json`, and
+`--markdown` writes the documentation's page; with `--rows` both from rows measured before:
+
+    python benchmarks/step_overhead.py --json out/steps.json --markdown docs/step_overhead.md
+    python benchmarks/step_overhead.py --rows out/steps.json --markdown docs/step_overhead.md
 """
 
 import argparse
@@ -61,8 +65,22 @@ ALONE, AGAIN = "alone", "alone again"
 
 
 def main() -> None:
-    """Runs the grid and prints the table."""
+    """Runs the grid, or reads what it gave, and prints the tables."""
     args = _arguments()
+    if args.rows:
+        found = json.loads(args.rows.read_text())
+        print(*(f"\n{title}\n\n{table}" for title, table in _tables(found["rows"])), sep="\n")
+    else:
+        found = {"machine": machine(), "rows": _measure_all(args)}
+    print(f"\n{found['machine']}\n{_noise(found['rows'])}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(_page(**found))
+
+
+def _measure_all(args: argparse.Namespace) -> list[dict]:
     rows = []
     for optimizer in args.optimizers:
         for dtype in args.dtypes:
@@ -71,15 +89,10 @@ def main() -> None:
                 for tree in args.trees
                 for row in measure(tree, optimizer, dtype, args.clippers, args.rounds)
             ]
-            print(f"\n{optimizer}, {dtype}: optaxclip (Optax); compile seconds\n")
-            print(_markdown(found, args.trees, args.clippers), flush=True)
+            for title, table in _tables(found):
+                print(f"\n{title}: optaxclip (Optax); compile seconds\n\n{table}", flush=True)
             rows += found
-    print(f"\n{machine()}")
-    noise = [row["alone_again"] for row in rows]
-    print(f"The optimizer against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x.")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return rows
 
 
 def measure(tree: str, optimizer: str, dtype: str, clippers: list[str], rounds: int) -> list[dict]:
@@ -142,7 +155,45 @@ def _arrays(tree: str, dtype: str, seed: int) -> dict[str, jax.Array]:
     }
 
 
-def _markdown(rows: list[dict], trees: list[str], clippers: list[str]) -> str:
+PAGE = """# What a clipper adds to a step
+
+Time of one training step (`update` and `apply_updates`, jitted) relative to the optimizer alone,
+then the seconds it takes to compile; in brackets with Optax's clipper. Medians over interleaved
+rounds.
+
+{tables}
+
+{machine} {noise}
+
+This page is written by `benchmarks/step_overhead.py --markdown`.
+"""
+
+
+def _page(machine: str, rows: list[dict]) -> str:
+    # Other pages include a single table: from the mark with its name to the next end.
+    tables = "\n\n".join(
+        f"## {title}\n\n<!-- {title} -->\n\n{table}\n\n<!-- end -->"
+        for title, table in _tables(rows)
+    )
+    return PAGE.format(tables=tables, machine=machine, noise=_noise(rows))
+
+
+def _noise(rows: list[dict]) -> str:
+    noise = [row["alone_again"] for row in rows]
+    return f"The optimizer against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x."
+
+
+def _tables(rows: list[dict]) -> list[tuple[str, str]]:
+    """Title and markdown, one table for each optimizer and dtype, in the order of the rows."""
+    titles = dict.fromkeys((row["optimizer"], row["dtype"]) for row in rows)
+    return [
+        (", ".join(title), _markdown([r for r in rows if (r["optimizer"], r["dtype"]) == title]))
+        for title in titles
+    ]
+
+
+def _markdown(rows: list[dict]) -> str:
+    trees, clippers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("tree", "clipper"))
     by_place = {(row["tree"], row["clipper"]): row for row in rows}
     lines = [
         f"| clipper | {' | '.join(f'{tree} | compile' for tree in trees)} |",
@@ -175,6 +226,8 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="+", choices=list(table), default=list(table))
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--rows", type=Path, help="take the rows of this JSON, measure nothing")
+    parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     args = parser.parse_args()
     if args.quick:
         args.optimizers, args.dtypes = ["adam"], ["f32"]

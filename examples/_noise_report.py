@@ -57,6 +57,37 @@ def write_noise_report(
     write_page("Wrong labels and clipping", "\n".join(body), out / "report.html")
 
 
+PAGE = """# Wrong labels
+
+{how}
+
+<!-- table -->
+
+{table}
+
+Test accuracy at the end, %: mean and standard deviation over seeds.
+
+<!-- end -->
+
+![Accuracy against the share of wrong labels](label_noise.png)
+
+Written by `examples/label_noise.py --markdown`, which also draws the picture.
+"""
+
+
+def write_noise_page(outcomes: list[Outcome], titles: dict[str, str], how: str, path: Path) -> None:
+    """The documentation's page."""
+    noises = sorted({x.noise for x in outcomes})
+    lines = [
+        f"| | {' | '.join(f'{100 * noise:.0f} % wrong' for noise in noises)} |",
+        f"| --- |{' ---: |' * len(noises)}",
+    ]
+    for method, title in titles.items():
+        cells = ["{:.1f} ± {:.1f}".format(*_final(outcomes, method, noise)) for noise in noises]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    path.write_text(PAGE.format(how=how, table="\n".join(lines)), encoding="utf-8")
+
+
 def _figure(outcomes: list[Outcome], titles: dict[str, str], every: int) -> Figure:
     noises = sorted({x.noise for x in outcomes})
     shown = [noise for noise in noises if noise > 0][-2:] or noises[-1:]

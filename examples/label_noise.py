@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _noise_report import Outcome, write_noise_report
+from _noise_report import Outcome, write_noise_page, write_noise_report
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     write_noise_report(outcomes, titles, EVAL_EVERY, how, options.out)
+    if options.markdown:
+        write_noise_page(outcomes, titles, how, options.markdown)
     record = [{**dataclasses.asdict(x), "curve": x.curve.tolist()} for x in outcomes]
     (options.out / "results.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     elapsed = time.perf_counter() - start
@@ -113,6 +115,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_positive, help="how many, from 0 on (default 3)")
     parser.add_argument("--steps", type=_positive, help=f"a multiple of {EVAL_EVERY} (1500)")
     parser.add_argument("--out", type=Path, default=Path("out/label_noise"), metavar="FOLDER")
+    parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     parser.add_argument("--quick", action="store_true", help="noise 0 and 0.4, 1 seed, 500 steps")
     options = parser.parse_args(argv)
     options.noises = options.noises or ([0.0, 0.4] if options.quick else list(NOISES))

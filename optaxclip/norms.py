@@ -223,13 +223,13 @@ class Norm:
         found = [explicit_sharding(x) for x in leaves.arrays]
         meshes = [sharding.mesh for sharding in found if sharding is not None]
         if not meshes:
-            return self._measure(leaves, layout, None)
+            return self._measure(leaves, layout, None, nan)
         specs = [P() if sharding is None else sharding.spec for sharding in found]
 
         # The types say which device holds what, so that one collective does where XLA, left to
         # itself, makes one a dimension that is split, and several more for units.
         def shards(arrays: list[jax.Array]) -> Bundles:
-            return self._measure(dataclasses.replace(leaves, arrays=arrays), layout, specs)
+            return self._measure(dataclasses.replace(leaves, arrays=arrays), layout, specs, nan)
 
         return jax.shard_map(
             shards,
@@ -239,7 +239,9 @@ class Norm:
             axis_names=set(meshes[0].explicit_axes),
         )(leaves.arrays)
 
-    def _measure(self, leaves: Leaves, layout: Layout, specs: Sequence[P] | None) -> Bundles:
+    def _measure(
+        self, leaves: Leaves, layout: Layout, specs: Sequence[P] | None, nan: bool
+    ) -> Bundles:
         """`measure`, of what a device holds; `specs` say of which part of each leaf, if known."""
         dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in leaves.arrays})
         order = math.inf if self.by == "element" else self.ord

@@ -1,0 +1,86 @@
+"""How the documentation is built: `make docs`."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree, whatever is installed
+
+import optaxclip
+
+project = "optaxclip"
+author = "The optaxclip authors"
+copyright = author
+version = release = optaxclip.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"optaxclip {version}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+highlight_language = "none"
+pygments_dark_style = "github-dark"
+
+# A build must not depend on the network: without this variable, names of other libraries are
+# not linked. Where the documentation is published, set it.
+if os.environ.get("OPTAXCLIP_DOCS_ONLINE"):
+    intersphinx_mapping = {
+        "jax": ("https://docs.jax.dev/en/latest/", None),
+        "optax": ("https://optax.readthedocs.io/en/latest/", None),
+        "flax": ("https://flax.readthedocs.io/en/latest/", None),
+        "python": ("https://docs.python.org/3/", None),
+    }
+
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
+napoleon_custom_sections = ["Guarantees", "Edge cases", "Source"]
+napoleon_use_rtype = False
+# What stands in single backticks is code, and a link where it names something of this library.
+default_role = "py:obj"
+
+
+def _as_restructured_text(app, what, name, obj, options, lines):
+    """Docstrings are written for the terminal: beyond backticks and bullets nothing is markup."""
+    text = []
+    in_example = in_source = False
+    for line in lines:
+        in_example = line.lstrip().startswith(">>>") or (in_example and bool(line.strip()))
+        in_source = line.startswith("Source: ") or (in_source and bool(line.strip()))
+        if line.startswith("Source: "):
+            text.append("Source:")
+            line = line.removeprefix("Source: ")
+        if not in_example:
+            line = _escaped(line)
+        text.append(f"  {line}" if in_source else line)
+    lines[:] = text
+
+
+def _escaped(line):
+    bullet, text = re.fullmatch(r"(\s*(?:\* )?)(.*)", line).groups()
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([|*\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+    return bullet + "`".join(parts)
+
+
+def _without_the_constructor_of_tuples(app, what, name, obj, options, signature, returns):
+    """Nobody makes these results by hand: their fields say what they are."""
+    return ("", returns) if what == "class" and issubclass(obj, tuple) else None
+
+
+def setup(app):
+    """What this file adds to Sphinx; docstrings are looked at before napoleon does, at 500."""
+    app.connect("autodoc-process-docstring", _as_restructured_text, priority=400)
+    app.connect("autodoc-process-signature", _without_the_constructor_of_tuples)

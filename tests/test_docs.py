@@ -1,0 +1,70 @@
+"""README and docs: code runs as pasted and prints what is shown, links lead somewhere."""
+
+import contextlib
+import io
+import re
+import urllib.parse
+
+import pytest
+from pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
+
+import optaxclip
+
+README = ROOT / "README.md"
+WITH_CODE = [page for page in PAGES if blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_blocks_run_and_print_what_is_shown(page):
+    namespace = {"__name__": "__main__"}
+    for block in blocks(page):
+        printed = io.StringIO()
+        # Lines are counted as in a file that holds the block alone.
+        code = compile(block.code, f"{page.stem}.py", "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+        assert printed.getvalue() == block.shown, f"{name(page)}:{block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_says_what_it_is_or_is_output(page):
+    assert unlabelled(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    broken = []
+    for target in links(page):
+        url = urllib.parse.urlsplit(target)
+        if url.scheme:
+            good = url.scheme == "https" and "." in url.netloc
+        else:
+            file = (page.parent / url.path).resolve() if url.path else page
+            named = not url.fragment or (file.suffix == ".md" and url.fragment in anchors(file))
+            good = file.exists() and file.is_relative_to(ROOT) and named
+        if not good:
+            broken.append(target)
+    assert broken == []
+
+
+def test_readme_begins_with_a_short_block():
+    assert len(blocks(README)[0].code.strip().splitlines()) <= 15
+
+
+def test_readme_mentions_every_public_name():
+    text = README.read_text()
+    assert [name for name in public() if name not in text and not is_state(name)] == []
+
+
+def test_reference_describes_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    described = set(re.findall(r"^\.\. auto\w+:: (\w+)$", pages, flags=re.MULTILINE))
+    assert [name for name in public() if name not in described] == []
+
+
+def public() -> list[str]:
+    return [name for name in vars(optaxclip) if callable(getattr(optaxclip, name))]
+
+
+def is_state(name: str) -> bool:
+    return name.endswith(("State", "Stats"))

@@ -1,0 +1,220 @@
+"""The tables for users of other libraries: each line against that library, or its formula."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import jax_privacy
+import numpy as np
+import optax
+import pytest
+from pages import ROOT
+
+import optaxclip
+from optaxclip.per_example import materialize
+
+# jax-privacy 2.0 calls a function that Optax has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
+
+PARAMS = {"b": jnp.array([0.5, -0.1]), "w": jnp.arange(1.0, 7.0).reshape(3, 2) / 10}
+GRADS = {"b": jnp.array([0.3, -2.0]), "w": jnp.array([[3.0, -4.0], [0.1, 0.2], [-6.0, 5.0]])}
+BAD = {"b": jnp.array([jnp.nan, 1.0]), "w": jnp.ones((3, 2))}
+BATCH = jnp.array([[3.0, 1.0, -2.0], [0.1, 0.0, 0.2], [5.0, -5.0, 5.0], [0.3, 0.3, 0.1]])
+C = 1.5
+
+
+def loss(params, x):
+    return jnp.sum(jnp.tanh(x @ params["w"]) * jnp.array([4.0, 1.0]) + params["b"])
+
+
+def batch_loss(params, x):
+    return jnp.sum(jax.vmap(loss, (None, 0))(params, x))
+
+
+PER_EXAMPLE = jax.tree.map(np.asarray, jax.vmap(jax.grad(loss), (None, 0))(PARAMS, BATCH))
+FACTORED = optaxclip.per_example_grad(loss)(PARAMS, BATCH)
+
+
+def ours(tx, grads=GRADS):
+    return jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+
+
+def same(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, expected)
+
+
+def as_optax(theirs, tx, grads=GRADS):
+    same(ours(tx, grads)[0], theirs.update(grads, theirs.init(PARAMS), PARAMS)[0])
+
+
+def wide(tree):
+    return {name: np.asarray(x, np.float64) for name, x in tree.items()}
+
+
+def total(tree, order=2.0):
+    return np.linalg.norm(np.concatenate([x.ravel() for x in wide(tree).values()]), order)
+
+
+def torch_norm_clip(order=2.0):
+    """`torch.nn.utils.clip_grad_norm_`: times `min(1, c / (n + 1e-6))`."""
+    factor = min(1.0, C / (total(GRADS, order) + 1e-6))
+    return {name: x * factor for name, x in wide(GRADS).items()}
+
+
+def rows_of(by_leaf_bounds=None):
+    """Opacus: sum of examples times `min(1, c / (n + 1e-6))`, over the expected batch size."""
+    squares = {k: np.sum(np.square(x.reshape(4, -1)), axis=1) for k, x in PER_EXAMPLE.items()}
+    out = {}
+    for k, x in PER_EXAMPLE.items():
+        n = np.sqrt(squares[k] if by_leaf_bounds else sum(squares.values()))
+        bound = by_leaf_bounds[k] if by_leaf_bounds else C
+        factors = np.minimum(1, bound / (n + 1e-6))
+        out[k] = np.tensordot(factors, x, 1) / 5
+    return out
+
+
+def same_but_for_eps(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+
+
+def apply_if_finite():
+    theirs = optax.apply_if_finite(optax.sgd(0.1), 3)
+    guard = optaxclip.skip_nonfinite(optax.sgd(0.1), max_consecutive=3)
+    as_optax(theirs, guard)
+    as_optax(theirs, guard, BAD)
+
+
+def optax_per_example():
+    leaves, tree = jax.tree.flatten(PER_EXAMPLE)
+    theirs, _ = optax.per_example_global_norm_clip(leaves, C)
+    same(ours(optaxclip.clip_per_example(C, mean="sum"), FACTORED)[0], tree.unflatten(theirs))
+
+
+def skip_large_updates():
+    too_long = functools.partial(optax.skip_large_updates, max_squared_norm=C**2)
+    theirs = optax.MultiSteps(optax.sgd(0.1), 1, should_skip_update_fn=too_long)
+    guard = optaxclip.skip_outliers(optax.sgd(0.1), rule="fixed", max_norm=C)
+    as_optax(theirs, guard)
+    as_optax(theirs, guard, jax.tree.map(lambda g: g / 100, GRADS))
+
+
+def error_if_nonfinite():
+    updates, state = ours(optaxclip.skip_nonfinite(optax.sgd(0.1), max_consecutive=1), BAD)
+    same(updates, jax.tree.map(jnp.zeros_like, GRADS))
+    with pytest.raises(FloatingPointError):
+        optaxclip.raise_if_stuck(state)
+
+
+def get_total_norm():
+    stats = optaxclip.clip_stats(ours(optaxclip.clip_by_global_norm(C))[1])
+    np.testing.assert_allclose(stats["clip_by_global_norm"].pre_clip_norm, total(GRADS), rtol=1e-6)
+
+
+def unscale():
+    scaled = jax.tree.map(lambda g: 1024 * g, GRADS)
+    clip = optaxclip.clip_by_global_norm(C)
+    same(ours(optax.chain(optax.scale(1 / 1024), clip), scaled)[0], ours(clip)[0])
+
+
+def keras_clipnorm():
+    expected = {k: g * min(1, C / np.linalg.norm(g)) for k, g in wide(GRADS).items()}
+    same(ours(optaxclip.clip_by_leaf_norm(C))[0], expected)
+
+
+def opacus_adaptive():
+    """`C <- C exp(-eta (share within C - q))`, once a step."""
+    tx = optaxclip.clip_per_example(optaxclip.example_quantile(0.5, init=C, step_size=0.2))
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(FACTORED, state, PARAMS)
+    norms = np.sqrt(sum(np.sum(np.square(x.reshape(4, -1)), 1) for x in PER_EXAMPLE.values()))
+    expected = C * np.exp(-0.2 * (np.mean(norms <= C) - 0.5))
+    found = optaxclip.clip_stats(state)["clip_per_example"].threshold
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def privacy(**options):
+    theirs = jax_privacy.clipping.clipped_grad(batch_loss, l2_clip_norm=C, **options)
+    mine = optaxclip.clipped_grad(batch_loss, l2_clip_norm=C, **options)
+    same(mine(PARAMS, BATCH), theirs(PARAMS, BATCH))
+
+
+def sensitivity():
+    theirs = jax_privacy.clipping.clipped_grad(batch_loss, l2_clip_norm=C)
+    mine = optaxclip.clipped_grad(batch_loss, l2_clip_norm=C)
+    assert mine.sensitivity() == theirs.sensitivity()
+
+
+def clip_pytree():
+    same(ours(optaxclip.clip_by_global_norm(C))[0], jax_privacy.clipping.clip_pytree(GRADS, C)[0])
+
+
+LEAF_BOUNDS = {"b": 0.5, "w": 1.0}
+HELD = {
+    "optax.clip(c)": lambda: as_optax(optax.clip(C), optaxclip.clip_by_value(C)),
+    "optax.clip_by_global_norm(c)": lambda: as_optax(
+        optax.clip_by_global_norm(C), optaxclip.clip_by_global_norm(C)
+    ),
+    "optax.clip_by_block_rms(d)": lambda: as_optax(
+        optax.clip_by_block_rms(C), optaxclip.clip_by_leaf_rms(C)
+    ),
+    "optax.adaptive_grad_clip(a)": lambda: as_optax(
+        optax.adaptive_grad_clip(0.1), optaxclip.agc(0.1)
+    ),
+    "optax.apply_if_finite(tx, n)": apply_if_finite,
+    "optax.per_example_global_norm_clip(grads, c)": optax_per_example,
+    "MultiSteps(tx, 1, should_skip_update_fn=skip_large_updates)": skip_large_updates,
+    "clip_grad_norm_(p, c)": lambda: same(
+        ours(optaxclip.clip_by_global_norm(C, eps=1e-6))[0], torch_norm_clip()
+    ),
+    "clip_grad_norm_(p, c, norm_type=t)": lambda: [
+        same(
+            ours(optaxclip.clip_by_global_norm(C, ord=t, eps=1e-6))[0],
+            torch_norm_clip(t),
+        )
+        for t in (1.0, 3.0, np.inf)
+    ],
+    "clip_grad_norm_(p, c, error_if_nonfinite=True)": error_if_nonfinite,
+    "clip_grad_value_(p, c)": lambda: same(
+        ours(optaxclip.clip_by_value(C))[0], {k: g.clip(-C, C) for k, g in wide(GRADS).items()}
+    ),
+    "get_total_norm(grads)": get_total_norm,
+    "scaler.unscale_(optimizer)": unscale,
+    "Optimizer(clipvalue=c)": lambda: same(
+        ours(optaxclip.clip_by_value(C))[0], {k: g.clip(-C, C) for k, g in wide(GRADS).items()}
+    ),
+    "Optimizer(clipnorm=c)": keras_clipnorm,
+    "Optimizer(global_clipnorm=c)": lambda: same(
+        ours(optaxclip.clip_by_global_norm(C))[0],
+        {k: g * min(1, C / total(GRADS)) for k, g in wide(GRADS).items()},
+    ),
+    "make_private(max_grad_norm=c)": lambda: same_but_for_eps(
+        ours(optaxclip.clip_per_example(C, mean=5), FACTORED)[0], rows_of()
+    ),
+    'make_private(clipping="per_layer", max_grad_norm=cs)': lambda: same_but_for_eps(
+        ours(optaxclip.clip_per_example(LEAF_BOUNDS, by="leaf", mean=5), FACTORED)[0],
+        rows_of(LEAF_BOUNDS),
+    ),
+    'make_private(clipping="adaptive")': opacus_adaptive,
+    "GradSampleModule(m)": lambda: same(materialize(FACTORED), PER_EXAMPLE),
+    'grad_sample_mode="ghost"': lambda: same(
+        ours(optaxclip.clip_per_example(C), FACTORED)[0],
+        ours(optaxclip.clip_per_example(C), PER_EXAMPLE)[0],
+    ),
+    "clipping.clipped_grad(f, l2_clip_norm=c)": privacy,
+    "clipped_grad(..., rescale_to_unit_norm=True)": lambda: privacy(rescale_to_unit_norm=True),
+    "clipped_grad(..., microbatch_size=m)": lambda: privacy(microbatch_size=2),
+    "clipping.clip_pytree(g, c)": clip_pytree,
+    "g.sensitivity()": sensitivity,
+}
+
+
+@pytest.mark.parametrize("there", HELD)
+def test_line_does_what_it_says(there):
+    HELD[there]()
+
+
+def test_every_line_of_the_page_is_held():
+    page = (ROOT / "docs" / "how_to" / "moving.md").read_text()
+    assert re.findall(r"^\| `([^`]+)`", page, flags=re.MULTILINE) == list(HELD)
