@@ -46,7 +46,7 @@ AGGREGATORS: dict[str, Any] = {
     "clip_per_example, quantile": optaxclip.clip_per_example(optaxclip.example_quantile(0.5)),
     "trim_by_norm": optaxclip.trim_by_norm(0.1),
     "centered_clip, 1 iteration": optaxclip.centered_clip(1.0),
-    "geometric_median, 4 iterations": optaxclip.geometric_median(4),
+    "geometric_median, 4 iterations": optaxclip.geometric_median(iterations=4),
     "coordinate_median": optaxclip.coordinate_median(),
     "coordinate_trimmed_mean": optaxclip.coordinate_trimmed_mean(0.1),
 }

@@ -118,14 +118,14 @@ def main() -> None:
     for name, make in ADAPTIVE.items():
         makers[name] = make
         makers[_published(name)] = lambda make=make: make(relearn_after=None)
-    streams = norm_streams(LEVEL)
+    streams = norm_streams(level=LEVEL)
     stacked = np.stack([*streams.values()])
     factors, rows = {}, {}
     print(HEAD, flush=True)
     for name, make in makers.items():
-        found = multipliers(make(), stacked, LEVEL)
+        found = multipliers(make(), stacked, level=LEVEL)
         factors[name] = dict(zip(streams, found, strict=True))
-        rows[name] = summarize(streams, factors[name], LEVEL)
+        rows[name] = summarize(streams, factors[name], level=LEVEL)
         print(_markdown(name, rows[name]), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ _DIRECTION = np.array([0.6, 0.8], np.float32)
 _SMALL = 0.01
 
 
-def norm_streams(level: float = 0.1, noise: float = 0.1) -> dict[str, np.ndarray]:
+def norm_streams(*, level: float = 0.1, noise: float = 0.1) -> dict[str, np.ndarray]:
     """Norms of two leaves over time, `[STEPS, 2]`: the first of `level`, the other a hundredth.
 
     Args:
@@ -75,7 +75,7 @@ def norm_streams(level: float = 0.1, noise: float = 0.1) -> dict[str, np.ndarray
 
 
 def multipliers(
-    tx: optax.GradientTransformation, norms: np.ndarray, level: float = 0.1
+    tx: optax.GradientTransformation, norms: np.ndarray, *, level: float = 0.1
 ) -> np.ndarray:
     """What the clipper multiplies the gradient by, leaf by leaf and step by step.
 
@@ -156,15 +156,34 @@ def behaviour(tx: optax.GradientTransformation, *, level: float = 0.1) -> Behavi
       >>> print(round(found.spike, 3), found.recovery_3)
       2.0 None
     """
-    streams = norm_streams(level)
-    factors = dict(zip(streams, multipliers(tx, np.stack([*streams.values()]), level), strict=True))
-    return summarize(streams, factors, level)
+    streams = norm_streams(level=level)
+    found = multipliers(tx, np.stack([*streams.values()]), level=level)
+    return summarize(streams, dict(zip(streams, found, strict=True)), level=level)
 
 
 def summarize(
-    streams: Mapping[str, np.ndarray], factors: Mapping[str, np.ndarray], level: float
+    streams: Mapping[str, np.ndarray], factors: Mapping[str, np.ndarray], *, level: float
 ) -> Behaviour:
-    """The `Behaviour` that follows from the multipliers of each stream."""
+    """The `Behaviour` that follows from the multipliers of each stream.
+
+    For many clippers at once; `behaviour` does all of it for one.
+
+    Args:
+      streams: by name, as `norm_streams(level=level)` gives them.
+      factors: by name, what `multipliers` gives for each stream.
+      level: the typical norm of the streams.
+
+    Returns:
+      A `Behaviour`.
+
+    Example:
+      >>> import numpy as np
+      >>> from optaxclip.testing import norm_streams, summarize
+      >>> streams = norm_streams(level=1.0)
+      >>> halved = {name: np.full(norms.shape, 0.5) for name, norms in streams.items()}
+      >>> print(summarize(streams, halved, level=1.0).clip_rate)
+      1.0
+    """
     main = {name: f[:, 0] for name, f in factors.items()}
     steady = main["steady"]
 

@@ -221,6 +221,11 @@ def clipped_value_and_grad(
 ) -> BoundedSensitivityCallable:
     """The losses [B] and the sum of `clipped_grad`, in the order of `jax.value_and_grad`.
 
+    Args:
+      fun, argnums, has_aux, l2_clip_norm, rescale_to_unit_norm, normalize_by, batch_argnums,
+        keep_batch_dim, pre_clipping_transform, microbatch_size, nan_safe, dtype, prng_argnum,
+        spmd_axis_name, method: as in `clipped_grad`.
+
     Returns:
       A function of the arguments of `fun`, which returns `(values, gradient)`, or
       `((values, aux), gradient)` with `has_aux`. All else is as for `clipped_grad`.

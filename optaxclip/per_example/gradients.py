@@ -97,9 +97,22 @@ def per_example_value_and_grad(
 ) -> Callable[..., Any]:
     """The losses [B] and the gradients of `per_example_grad`.
 
+    Args:
+      fun, argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, strict: as in
+        `per_example_grad`.
+
     Returns:
       A function of the arguments of `fun`, which returns `(losses, gradients)`, or
       `((losses, aux), gradients)` with `has_aux`. All else is as for `per_example_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import per_example_value_and_grad, sq_norms
+      >>> loss = lambda w, x: (x @ w) ** 2 / 2
+      >>> batch = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+      >>> losses, grads = per_example_value_and_grad(loss)(jnp.ones(2), batch)
+      >>> print(losses, sq_norms(grads))
+      [4.5 0.5] [45.  1.]
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
 
@@ -123,6 +136,10 @@ def per_example_norms(
 ) -> Callable[..., Any]:
     """The L2 norm of each example's gradient over all differentiated arguments, [B].
 
+    Args:
+      fun, argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, strict: as in
+        `per_example_grad`.
+
     Returns:
       A function of the arguments of `fun`, which returns the norms, or `(norms, aux)` with
       `has_aux`. All else is as for `per_example_grad`.
@@ -131,6 +148,13 @@ def per_example_norms(
       In float32, norms beyond 1e19 come out infinite and norms below 1e-19 zero, as their squares
       do; `norms(per_example_grad(fun)(...))` has them right, at a price. The derivative at zero
       is zero.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> loss = lambda w, x: jnp.sum(x * w)
+      >>> batch = jnp.array([[3.0, 4.0], [0.0, 1.0]])
+      >>> print(optaxclip.per_example_norms(loss)(jnp.ones(2), batch))
+      [5. 1.]
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
 

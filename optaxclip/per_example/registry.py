@@ -71,6 +71,9 @@ def register_rule(*registered: Primitive) -> Callable[[Rule], Rule]:
       registered: primitives, as in `jax.extend.core.primitives`, or your own. A rule that was
         registered before is replaced.
 
+    Returns:
+      A decorator, which returns the rule as it is.
+
     Guarantees:
       Without a rule, or where it returns None, the gradients of that operand are stacked by a
       VJP, which is exact for anything differentiable.

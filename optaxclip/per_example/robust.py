@@ -154,7 +154,7 @@ def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggre
 
 
 def centered_clip(
-    max_norm: Any, iterations: int = 1, *, name: str | None = None
+    max_norm: Any, *, iterations: int = 1, name: str | None = None
 ) -> aggregating.Aggregator:
     """Clips around the last update instead of zero: `v += mean_b clip(g_b - v, c)`.
 
@@ -183,7 +183,7 @@ def centered_clip(
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.centered_clip(1.0, 3)
+      >>> tx = optaxclip.centered_clip(1.0, iterations=3)
       >>> grads = jnp.array([[3.0], [3.2], [2.8], [-50.0]])
       >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.3f}")
       1.500
@@ -217,7 +217,7 @@ def centered_clip(
 
 
 def geometric_median(
-    iterations: int = 4, *, eps: Any = 1e-6, name: str | None = None
+    *, iterations: int = 4, eps: Any = 1e-6, name: str | None = None
 ) -> aggregating.Aggregator:
     """The point with the least sum of distances from the gradients, `argmin_z sum_b |g_b - z|`.
 
@@ -248,7 +248,7 @@ def geometric_median(
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.geometric_median(20)
+      >>> tx = optaxclip.geometric_median(iterations=20)
       >>> grads = jnp.array([[1.0], [2.0], [3.0], [3.1], [-50.0]])
       >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.2f}")
       2.00

@@ -17,7 +17,27 @@ Tree = Any
 
 
 def sq_norms(grads: Tree) -> jax.Array:
-    """`|g_b|^2` over the whole tree, [B], in float32 (float64 for 64-bit leaves)."""
+    """`|g_b|^2` over the whole tree, [B].
+
+    Args:
+      grads: per-example gradients, factored or stacked: what `per_example_grad(fun)` or
+        `vmap(grad)` returns.
+
+    Returns:
+      One number an example, in float32 (float64 for 64-bit leaves).
+
+    Raises:
+      ValueError: a tree without leaves.
+
+    Edge cases:
+      In float32 it is infinite for norms beyond 1e19; see `norms`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import sq_norms
+      >>> print(sq_norms({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]]), "b": jnp.array([0.0, 2.0])}))
+      [25.  5.]
+    """
     return _total([form.sq_norm() for form in _forms(grads)])
 
 
@@ -25,6 +45,21 @@ def norms(grads: Tree) -> jax.Array:
     """`|g_b|` over the whole tree, [B], also where its square is out of range.
 
     Costs memory and compile time; `sqrt(sq_norms(grads))` is right between 1e-19 and 1e19.
+
+    Args:
+      grads: per-example gradients, factored or stacked.
+
+    Returns:
+      One number an example, in float32 (float64 for 64-bit leaves).
+
+    Raises:
+      ValueError: a tree without leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import norms
+      >>> print((norms(jnp.array([[3e25, 4e25], [0.0, 1e25]])) / 1e25).round(3))
+      [5. 1.]
     """
     forms = _forms(grads)
     _check_leaves(forms)
@@ -32,7 +67,24 @@ def norms(grads: Tree) -> jax.Array:
 
 
 def inner(grads: Tree, other: Tree) -> jax.Array:
-    """`<g_b, h_b>` over the whole tree, [B]. Both have one structure."""
+    """`<g_b, h_b>` over the whole tree, [B].
+
+    Args:
+      grads: per-example gradients, factored or stacked.
+      other: the like of the same parameters, for as many examples.
+
+    Returns:
+      One number an example, in float32 (float64 for 64-bit leaves).
+
+    Raises:
+      ValueError: trees of different structure, or without leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import inner
+      >>> print(inner(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[1.0, 1.0], [0.0, 2.0]])))
+      [3. 8.]
+    """
     ours: Any = jax.tree.structure(grads, is_leaf=is_form)
     theirs: Any = jax.tree.structure(other, is_leaf=is_form)
     if ours != theirs:
@@ -45,7 +97,24 @@ def inner(grads: Tree, other: Tree) -> jax.Array:
 
 
 def weighted_sum(grads: Tree, weights: jax.Array) -> Tree:
-    """`sum_b c_b g_b`: a tree like the parameters, without storing the gradients."""
+    """`sum_b c_b g_b`: a tree like the parameters, without storing the gradients.
+
+    Args:
+      grads: per-example gradients, factored or stacked.
+      weights: c, [B].
+
+    Returns:
+      A tree like the parameters, of their dtypes.
+
+    Raises:
+      ValueError: weights of another rank than 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import weighted_sum
+      >>> print(weighted_sum(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 0.5])))
+      [2.5 4. ]
+    """
     weights = jnp.asarray(weights)
     if weights.ndim != 1:
         raise ValueError(
@@ -56,7 +125,23 @@ def weighted_sum(grads: Tree, weights: jax.Array) -> Tree:
 
 
 def materialize(grads: Tree) -> Tree:
-    """The gradients stacked, [B, *shape] at each leaf: what `vmap(grad)` returns."""
+    """The gradients stacked, [B, *shape] at each leaf: what `vmap(grad)` returns.
+
+    Args:
+      grads: per-example gradients, factored or stacked.
+
+    Returns:
+      A tree like the parameters, of arrays; it takes B times their memory.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import materialize, per_example_grad
+      >>> loss = lambda w, x: (x @ w) ** 2 / 2
+      >>> grads = per_example_grad(loss)(jnp.ones(2), jnp.array([[1.0, 2.0], [0.0, 1.0]]))
+      >>> print(materialize(grads))
+      [[3. 6.]
+       [0. 1.]]
+    """
     return _map(lambda form: form.materialize(), grads)
 
 
@@ -65,6 +150,20 @@ def masked(grads: Tree, keep: jax.Array) -> Tree:
 
     Every array of a form has the examples on its first axis, and one whose factors (and ids,
     which stay in range) are zero is zero.
+
+    Args:
+      grads: per-example gradients, factored or stacked.
+      keep: [B] of booleans.
+
+    Returns:
+      A tree like `grads`, of the same forms.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip.per_example import masked
+      >>> print(masked(jnp.array([[1.0, 2.0], [jnp.nan, 4.0]]), jnp.array([True, False])))
+      [[1. 2.]
+       [0. 0.]]
     """
 
     def mask(x: jax.Array) -> jax.Array:

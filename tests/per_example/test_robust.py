@@ -61,9 +61,12 @@ RULES = {
     "trim": (trim_by_norm(0.4), lambda flat: trimmed(flat, 0.4)),
     "trim nothing": (trim_by_norm(0.1), lambda flat: flat.mean(0)),
     "centered": (centered_clip(30.0), lambda flat: centered(flat, 30.0, 1)),
-    "centered, 3 times": (centered_clip(30.0, 3), lambda flat: centered(flat, 30.0, 3)),
+    "centered, 3 times": (centered_clip(30.0, iterations=3), lambda flat: centered(flat, 30.0, 3)),
     "geometric": (geometric_median(), lambda flat: weiszfeld(flat, 4)),
-    "geometric, blunt": (geometric_median(2, eps=20.0), lambda flat: weiszfeld(flat, 2, 20.0)),
+    "geometric, blunt": (
+        geometric_median(iterations=2, eps=20.0),
+        lambda flat: weiszfeld(flat, 2, 20.0),
+    ),
     "median": (coordinate_median(), lambda flat: np.median(flat, axis=0)),
     "trimmed mean": (coordinate_trimmed_mean(0.25), lambda flat: trimmed_mean(flat, 0.25)),
 }
@@ -136,7 +139,7 @@ def test_nothing_but_nan_gives_zeros(name, params, batch):
 def test_centered_clip_remembers_the_last_update_and_counts_steps(params, batch):
     grads = stacked_grads(loss, params, batch)
     flat = flattened(grads)
-    tx = centered_clip(lambda count: 30.0 / (1 + count), 2)
+    tx = centered_clip(lambda count: 30.0 / (1 + count), iterations=2)
     first, state = tx.update(grads, tx.init(params), params)
     v = centered(flat, 30.0, 2)
     np.testing.assert_allclose(flat_update(first), v, rtol=1e-8)
@@ -180,7 +183,7 @@ def test_statistics(params, batch):
 
 def test_far_outliers_do_not_move_the_medians():
     grads = jnp.concatenate([1 + 0.1 * normal(0, 7, 3), jnp.full((3, 3), 1e6)])
-    for tx in (geometric_median(60), coordinate_median(), trim_by_norm(0.3)):
+    for tx in (geometric_median(iterations=60), coordinate_median(), trim_by_norm(0.3)):
         found, _ = jax.jit(tx.update)(grads, tx.init(jnp.zeros(3)))
         np.testing.assert_allclose(found, 1, atol=0.25)
 
@@ -201,8 +204,8 @@ def test_low_precision_leaves_keep_their_dtype():
         (lambda: trim_by_norm(-0.1), "fraction must be from 0 to 1, below it, got -0.1"),
         (lambda: coordinate_trimmed_mean(0.5), "fraction must be from 0 to 0.5, below it"),
         (lambda: centered_clip(-1.0), "max_norm must be >= 0, got -1.0"),
-        (lambda: centered_clip(1.0, 0), "iterations must be >= 1, got 0"),
-        (lambda: geometric_median(0), "iterations must be >= 1, got 0"),
+        (lambda: centered_clip(1.0, iterations=0), "iterations must be >= 1, got 0"),
+        (lambda: geometric_median(iterations=0), "iterations must be >= 1, got 0"),
         (lambda: geometric_median(eps=-1.0), "eps must be >= 0, got -1.0"),
     ],
 )
