@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{'':12} {'bound':>8} {'accuracy %':>13} {'steps to 90 %':>14}"
         f" {'cosine':>7} {'clipped':>8}"
     )
-    for clipper in CLIPPERS:
+    for clipper in options.clippers:
         run = jax.jit(functools.partial(train, clipper))
         inputs = [load(seed, options.steps) for seed in range(options.seeds)]
         unit = float(np.median([np.asarray(run(jnp.inf, *given)[2]) for given in inputs]))
@@ -208,7 +208,7 @@ def figure_of(outcomes: list[Outcome], steps: int) -> Figure:
     bounds = sorted({x.bound for x in outcomes})
     at = np.array([*bounds[:-1], 3 * bounds[-2]])  # none stands a step to the right
     never = 1.35 * steps
-    for clipper in TITLES:
+    for clipper in dict.fromkeys(x.clipper for x in outcomes):
         mine = [x for x in outcomes if x.clipper == clipper]
         look = {"color": COLOURS[clipper], "ms": 4, "lw": 1.4}
         accuracy.errorbar(
@@ -245,6 +245,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = list(CLIPPERS)
+    parser.add_argument("--clippers", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--bounds", type=int, help="how many, with none (default 13)")
     parser.add_argument("--seeds", type=int, help="how many, from 0 on (default 5)")
     parser.add_argument("--steps", type=int, help=f"a multiple of {EVAL_EVERY} (default 600)")

@@ -42,7 +42,7 @@ class Saved:
     Args:
       directory: made when it is missing.
       experiment: what the experiment is: strings and numbers by name.
-      given: the names that the caller left to us; a directory that exists decides them.
+      free: names that the directory decides where it holds an experiment already.
 
     Raises:
       ValueError: the directory holds another experiment, naming what differs.
