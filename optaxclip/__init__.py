@@ -3,7 +3,6 @@
 from optaxclip._statistics import ClipStats as ClipStats
 from optaxclip._statistics import ExampleStats as ExampleStats
 from optaxclip._statistics import GroupStats as GroupStats
-from optaxclip._validation import CrossValidation as CrossValidation
 from optaxclip.adaptive import adagc as adagc
 from optaxclip.adaptive import autoclip as autoclip
 from optaxclip.adaptive import clip_by_history as clip_by_history
@@ -40,6 +39,7 @@ from optaxclip.robustness import SensitivityStats as SensitivityStats
 from optaxclip.robustness import adversarial_accuracy as adversarial_accuracy
 from optaxclip.robustness import input_sensitivity as input_sensitivity
 from optaxclip.robustness import noise_accuracy as noise_accuracy
+from optaxclip.selection import CrossValidation as CrossValidation
 from optaxclip.selection import cross_validate as cross_validate
 from optaxclip.selection import suggest_threshold as suggest_threshold
 from optaxclip.spectral import clip_singular_values as clip_singular_values

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import optaxclip
-from optaxclip import _folds, _runs, _saved, cross_validate, suggest_threshold
+from optaxclip import cross_validate, suggest_threshold
+from optaxclip.selection import folds, runs, saved
 
 KEY = jax.random.key(0)
 THRESHOLDS = [0.05, 0.5, 50.0]
@@ -103,7 +104,7 @@ def test_scores_are_those_of_a_plain_loop(per_example):
 
 @pytest.mark.parametrize(("number", "k"), [(23, 5), (20, 5), (7, 7), (9, 2)])
 def test_every_example_validates_once(number, k):
-    pairs = _folds.split(k, number, np.array([3, 4]))
+    pairs = folds.split(k, number, np.array([3, 4]))
     sizes = [len(validation) for _, validation in pairs]
     assert len(pairs) == k
     assert max(sizes) - min(sizes) <= 1
@@ -113,7 +114,7 @@ def test_every_example_validates_once(number, k):
 
 
 def test_a_share_is_held_out_once():
-    ((train, validation),) = _folds.split(0.3, 10, np.array([0, 1]))
+    ((train, validation),) = folds.split(0.3, 10, np.array([0, 1]))
     assert len(validation) == 3
     assert sorted([*train, *validation]) == list(range(10))
 
@@ -198,11 +199,11 @@ def test_width_goes_by_memory():
         def memory_stats(self):
             return {"bytes_limit": 3_000, "bytes_in_use": 1_000}
 
-    assert _runs.width_for(100, 200, 1000, [Device()]) == 8
-    assert _runs.width_for(100, 200, 9, [Device()]) == 5  # two rounds, as full as can be
-    assert _runs.width_for(10_000, 200, 9, [Device()]) == 1
+    assert runs.width_for(100, 200, 1000, [Device()]) == 8
+    assert runs.width_for(100, 200, 9, [Device()]) == 5  # two rounds, as full as can be
+    assert runs.width_for(10_000, 200, 9, [Device()]) == 1
     jaxpr = jax.make_jaxpr(lambda x: jax.lax.scan(lambda c, y: (c * y, None), x[0], x)[0])
-    counted = _runs.bytes_of(jaxpr(jnp.zeros((5, 10))).jaxpr)
+    counted = runs.bytes_of(jaxpr(jnp.zeros((5, 10))).jaxpr)
     assert counted >= 2 * 40
 
 
@@ -212,7 +213,7 @@ class StopError(Exception):
 
 def interrupted(monkeypatch, after, directory, **changes):
     """Starts, and is stopped once `after` rounds are written."""
-    add, rounds = _saved.Saved.add, []
+    add, rounds = saved.Saved.add, []
 
     def stopping(self, *args):
         add(self, *args)
@@ -221,7 +222,7 @@ def interrupted(monkeypatch, after, directory, **changes):
             raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(_saved.Saved, "add", stopping)
+        patch.setattr(saved.Saved, "add", stopping)
         with pytest.raises(StopError):
             linear(resume_dir=directory, **changes)
 
@@ -231,9 +232,9 @@ def test_resumed_is_uninterrupted_and_nothing_is_computed_twice(monkeypatch, tmp
     interrupted(monkeypatch, 2, tmp_path)
     left = whole.scores.size - 2 * len(jax.devices())
     added = []
-    add = _saved.Saved.add
+    add = saved.Saved.add
     monkeypatch.setattr(
-        _saved.Saved, "add", lambda self, runs, *rest: (added.extend(runs), add(self, runs, *rest))
+        saved.Saved, "add", lambda self, runs, *rest: (added.extend(runs), add(self, runs, *rest))
     )
     resumed = linear(resume_dir=tmp_path)
     assert len(added) == len(set(added)) == left
@@ -255,14 +256,14 @@ SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from optaxclip import _saved
+from optaxclip.selection import saved
 from test_selection import linear
-add = _saved.Saved.add
+add = saved.Saved.add
 def killing(self, runs, outcomes):
     add(self, runs, outcomes)
     if sys.argv[3] == "kill" and runs[0] >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
-_saved.Saved.add = killing
+saved.Saved.add = killing
 print(json.dumps(linear(np.geomspace(0.05, 5, 3), resume_dir=sys.argv[2]).scores.tolist()))
 """
 
@@ -310,7 +311,7 @@ def closing_over(constant):
 )
 def test_a_directory_of_another_experiment(tmp_path, monkeypatch, name, changes):
     linear(resume_dir=tmp_path)
-    monkeypatch.setattr(_runs, "program", None)  # no training
+    monkeypatch.setattr(runs, "program", None)  # no training
     with pytest.raises(ValueError, match=f"got {tmp_path} with other .*{name}"):
         linear(resume_dir=tmp_path, **changes)
 
@@ -379,7 +380,7 @@ def never(*_):
     ],
 )
 def test_errors_come_before_any_training(monkeypatch, changes, kind, message):
-    monkeypatch.setattr("optaxclip._search.program", never)
+    monkeypatch.setattr("optaxclip.selection.search.program", never)
     with pytest.raises(kind, match=message):
         linear(**changes)
 

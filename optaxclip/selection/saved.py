@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optaxclip._runs import Outcome
+from optaxclip.selection.runs import Outcome
 
 _MANIFEST = "experiment.json"
 

@@ -14,9 +14,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from optaxclip._folds import Folds
 from optaxclip._leaves import Tree
 from optaxclip.clipping import clip_stats
+from optaxclip.selection.folds import Folds
 
 
 class Jobs(NamedTuple):

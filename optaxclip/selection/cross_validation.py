@@ -1,6 +1,5 @@
-"""Choosing a threshold: by cross-validation, or from the norms of a run."""
+"""`cross_validate`: a threshold that is chosen on the data."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -8,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import _folds, _runs
 from optaxclip._leaves import Tree
-from optaxclip._search import Search, run_all
-from optaxclip._validation import CrossValidation
 from optaxclip.learning import check_count
-from optaxclip.thresholds import check_between
+from optaxclip.selection.folds import check_data, split
+from optaxclip.selection.folds import tables as tables_of
+from optaxclip.selection.results import CrossValidation
+from optaxclip.selection.runs import Shared, Training, hashable
+from optaxclip.selection.search import Search, run_all
 
 Mode = Literal["max", "min"]
 
@@ -117,86 +117,34 @@ def cross_validate(
         check_count(runs_at_once, "runs_at_once")
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
-    data, number = _folds.check_data(data)
+    data, number = check_data(data)
     key = _check_key(key)
     entropy = np.asarray(jax.random.key_data(key)).ravel()
-    pairs = _folds.split(folds, number, entropy)
+    pairs = split(folds, number, entropy)
     smallest = min(len(train) for train, _ in pairs)
     if batch_size > smallest:
         raise ValueError(
             f"batch_size must be at most the smallest training set, got {batch_size} for"
             f" {smallest}. Pass {smallest} or less."
         )
-    tables, sizes = _folds.tables(pairs)
-    training = _runs.Training(
-        make_optimizer=_runs.hashable(make_optimizer),
-        init_fn=_runs.hashable(init_fn),
-        loss_fn=_runs.hashable(loss_fn),
-        metric_fn=_runs.hashable(metric_fn),
-        grad=_runs.hashable(grad),
+    tables, sizes = tables_of(pairs)
+    training = Training(
+        make_optimizer=hashable(make_optimizer),
+        init_fn=hashable(init_fn),
+        loss_fn=hashable(loss_fn),
+        metric_fn=hashable(metric_fn),
+        grad=hashable(grad),
         pass_key=pass_key,
         validation_sizes=sizes,
     )
     search = Search(candidates, pairs, seeds, steps, batch_size, entropy)
-    shared = _runs.Shared(tables, key, data)
+    shared = Shared(tables, key, data)
     outcomes = run_all(search, training, shared, runs_at_once, progress, resume_dir)
 
     score, failed, rate, norm = (np.moveaxis(field, 2, 0) for field in outcomes)
     worst = -np.inf if mode == "max" else np.inf
     scores = np.where(failed, worst, score.astype(float))
     return CrossValidation(given, scores, failed, rate, norm, mode)
-
-
-def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
-    """The bound that would have clipped a given share of the steps of a run.
-
-    The smallest of the recorded norms that at most `target_clip_rate` of them exceed.
-
-    Args:
-      norms: norms before clipping, of any shape: `clip_stats(...)[...].pre_clip_norm` step by
-        step, of a run without clipping (a bound of `inf` measures and does not clip).
-      target_clip_rate: from 0 (the largest norm) to below 1.
-
-    Returns:
-      The bound, a float.
-
-    Raises:
-      ValueError: no finite norm; a negative one; a rate out of range; a bound of 0, where that
-        many steps had no gradient.
-
-    Edge cases:
-      Norms that are NaN or infinite are left out, with a warning that says how many: they come
-      from steps that no bound would have mended (see `skip_nonfinite`).
-
-    Example:
-      >>> import optaxclip
-      >>> print(optaxclip.suggest_threshold([1.0, 9.0, 2.0, 3.0], target_clip_rate=0.25))
-      3.0
-    """
-    check_between(target_clip_rate, "target_clip_rate", 0.0, 1.0, last=False)
-    recorded = np.asarray(norms, float).ravel()
-    known = np.sort(recorded[np.isfinite(recorded)])
-    if not known.size:
-        raise ValueError(
-            f"norms must hold a finite number, got {recorded.size} without one. Record"
-            " clip_stats(opt_state)[...].pre_clip_norm at every step."
-        )
-    if known[0] < 0:
-        raise ValueError(f"norms must be >= 0, got {known[0]}. Pass norms, not their logarithms.")
-    if known.size < recorded.size:
-        warnings.warn(
-            f"{recorded.size - known.size} of {recorded.size} norms are not finite and were left"
-            " out.",
-            stacklevel=2,
-        )
-    above = int(target_clip_rate * known.size + 1e-9)  # 0.07 * 100 is a little more than 7
-    bound = float(known[known.size - 1 - above])
-    if bound == 0:
-        raise ValueError(
-            f"the bound would be 0, got {np.mean(known == 0):.0%} of norms that are. Record them"
-            " where the gradient is not zero, or pass a smaller target_clip_rate."
-        )
-    return bound
 
 
 def _check_key(key: Any) -> jax.Array:

@@ -105,7 +105,7 @@ class CrossValidation:
         Raises:
           ImportError: without Matplotlib (extra `plot`).
         """
-        from optaxclip._plot import figure_of
+        from optaxclip.selection.plot import figure_of
 
         figure = figure_of(self)
         if path is not None:

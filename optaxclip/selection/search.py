@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optaxclip._folds import Pairs, batches
-from optaxclip._runs import (
+from optaxclip.selection.folds import Pairs, batches
+from optaxclip.selection.runs import (
     Jobs,
     Outcome,
     Shared,
@@ -22,7 +22,7 @@ from optaxclip._runs import (
     traceable,
     width_for,
 )
-from optaxclip._saved import Saved, digest, without_addresses
+from optaxclip.selection.saved import Saved, digest, without_addresses
 
 
 @dataclasses.dataclass(frozen=True)
