@@ -3,7 +3,7 @@
     python docs/_errors.py           says what is missing, what is obsolete, what is unexplained
     python docs/_errors.py --write   adds and removes entries; explanations stay, and are yours
 
-An entry is a heading, the text in backticks with an ellipsis for each value, an explanation.
+An entry is a heading, the text in double backticks with an ellipsis for each value, an explanation.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def raised(package: Path = ROOT / "optaxclip") -> list[str]:
 
 def entries(page: str) -> dict[str, str]:
     """`Error: text` -> explanation, of each entry of the page."""
-    return dict(re.findall(r"^### .*\n\n`(\w+: .*)`\n((?:(?!##).*\n?)*)", page, flags=re.MULTILINE))
+    entry = r"^### .*\n\n``(\w+: .*)``\n((?:(?!##).*\n?)*)"
+    return dict(re.findall(entry, page, flags=re.MULTILINE))
 
 
 def updated(page: str, texts: list[str]) -> str:
@@ -39,7 +40,7 @@ def updated(page: str, texts: list[str]) -> str:
     sections = re.split(r"^(?=##)", page, flags=re.MULTILINE)
     kept = [s for s in sections if not s.startswith("### ") or {*entries(s)} & {*texts}]
     new = [text for text in texts if text not in entries(page)]
-    fresh = [f"### {_heading(text)}\n\n`{text}`\n\n" for text in new]
+    fresh = [f"### {_heading(text)}\n\n``{text}``\n\n" for text in new]
     return "\n\n".join(part.strip() for part in [*kept, *fresh]) + "\n"
 
 
