@@ -121,8 +121,8 @@ class Learned:
             return norms, state
         if sum(n.size for n in norms) != layout.size:
             raise ValueError(
-                f"a bound learned from one norm a step got {norms[0].shape[-1]} norms, of as many"
-                " examples. Pass example_quantile to clip_per_example."
+                f"a bound learned from past norms needs one norm a step, got {norms[0].shape[-1]},"
+                " one for each example. Pass example_quantile to clip_per_example."
             )
         # The bound is a constant to differentiation, as it is on every step but this.
         n = jax.lax.stop_gradient(layout.vector(norms))

@@ -241,7 +241,7 @@ def check_clipper(tx: optax.GradientTransformation, *, level: float = 0.1) -> Be
       >>> check_clipper(optaxclip.clip_by_global_norm(0.2))
       Traceback (most recent call last):
       ...
-      AssertionError: recovery_3 must be at most 200 steps, got None. ...
+      AssertionError: a clipper must keep its promises: recovery_3 must be at most ...
     """
     found = behaviour(tx, level=level)
     promises = {
@@ -260,6 +260,7 @@ def check_clipper(tx: optax.GradientTransformation, *, level: float = 0.1) -> Be
     ]
     if broken:
         raise AssertionError(
-            f"{'; '.join(broken)}. See optaxclip.testing.Behaviour for what is measured."
+            f"a clipper must keep its promises: {'; '.join(broken)}. Mend its threshold; see"
+            " optaxclip.testing.Behaviour for what is measured."
         )
     return found

@@ -120,14 +120,14 @@ class Given:
         missing = [label for label in layout.names if label not in self.bounds]
         unused = [label for label in self.bounds if label not in layout.names]
         if missing or unused:
-            problem = f"bound {unused[0]!r} has no leaf with that label" if unused else ""
+            problem = f"no leaf is labelled {unused[0]!r}" if unused else ""
             if missing:
                 leaf = layout.paths[layout.members[layout.names.index(missing[0])][0]]
                 problem = f"label {missing[0]!r} (of {leaf}) has no bound"
             raise ValueError(
-                f"{problem}, got bounds for {sorted(self.bounds)} and leaves labelled"
-                f" {list(layout.names)}. Make the two agree; float('inf') leaves a group"
-                " unclipped."
+                f"every label needs a bound and every bound a leaf, got bounds for"
+                f" {sorted(self.bounds)} and leaves labelled {list(layout.names)}: {problem}. Make"
+                " the two agree; float('inf') leaves a group unclipped."
             )
         return self.bounds
 

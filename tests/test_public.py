@@ -92,7 +92,7 @@ def test_docstring_has_its_sections(name):
 @every
 def test_docstring_names_every_argument(name):
     args = section(docstring(name), "Args")
-    heads = " ".join(re.findall(r"^  (\S[^:]*):", args, flags=re.MULTILINE))
+    heads = " ".join(re.findall(r"^  (\S[^:\n]*):", args, flags=re.MULTILINE))
     named = set(re.findall(r"\w+", heads))
     assert {p.name for p in parameters(name)} - named == set()
 

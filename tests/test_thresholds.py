@@ -257,7 +257,7 @@ def test_a_tree_unlike_the_updates():
     ("bounds", "problem"),
     [
         ({"p": 1.0}, r"label 'q' \(of b/c\) has no bound"),
-        ({"p": 1.0, "q": 1.0, "r": 2.0}, r"bound 'r' has no leaf"),
+        ({"p": 1.0, "q": 1.0, "r": 2.0}, r"no leaf is labelled 'r'"),
     ],
 )
 def test_labels_and_bounds_that_disagree(bounds, problem):

@@ -222,9 +222,10 @@ def clipped_value_and_grad(
     """The losses [B] and the sum of `clipped_grad`, in the order of `jax.value_and_grad`.
 
     Args:
-      fun, argnums, has_aux, l2_clip_norm, rescale_to_unit_norm, normalize_by, batch_argnums,
-        keep_batch_dim, pre_clipping_transform, microbatch_size, nan_safe, dtype, prng_argnum,
-        spmd_axis_name, method: as in `clipped_grad`.
+      fun, argnums, has_aux: as in `clipped_grad`.
+      l2_clip_norm, rescale_to_unit_norm, normalize_by: as there.
+      batch_argnums, keep_batch_dim, pre_clipping_transform, microbatch_size: as there.
+      nan_safe, dtype, prng_argnum, spmd_axis_name, method: as there.
 
     Returns:
       A function of the arguments of `fun`, which returns `(values, gradient)`, or

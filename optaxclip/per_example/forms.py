@@ -342,7 +342,10 @@ def scale(form: Form, factor: jax.Array | float) -> Form:
         return dataclasses.replace(form, right=right)
     if isinstance(form, Sum):
         return Sum(tuple(scale(x, factor) for x in form.terms))
-    raise TypeError(f"cannot scale a form, got {type(form).__name__}.")
+    raise TypeError(
+        f"a form must be Outer, Gathered, Dense or Sum, got {type(form).__name__}. Return one of"
+        " them from the rule."
+    )
 
 
 def zero_like(parameter: Any, count: int) -> Form:

@@ -26,7 +26,10 @@ def of_constant(form: Form) -> Form:
         wide = accumulator(form.dtype) if jnp.issubdtype(form.dtype, jnp.floating) else None
         stacked = jnp.sum(form.stacked, axis=1, dtype=wide).astype(form.dtype)
         return Dense(stacked, form.reason)
-    raise TypeError(f"cannot sum a form over steps, got {type(form).__name__}.")
+    raise TypeError(
+        f"a form must be Outer, Gathered, Dense or Sum, got {type(form).__name__}. Return one of"
+        " them from the rule."
+    )
 
 
 def of_slices(form: Form, length: int) -> Form:
@@ -43,7 +46,10 @@ def of_slices(form: Form, length: int) -> Form:
         return add([of_slices(x, length) for x in form.terms])
     if isinstance(form, Dense):
         return form
-    raise TypeError(f"cannot stack a form over steps, got {type(form).__name__}.")
+    raise TypeError(
+        f"a form must be Outer, Gathered, Dense or Sum, got {type(form).__name__}. Return one of"
+        " them from the rule."
+    )
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:
