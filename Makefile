@@ -25,6 +25,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/aggregators.py
+	$(BIN)/python benchmarks/sharded.py
 
 dist: $(READY)
 	rm -rf dist

@@ -1,5 +1,6 @@
 """The only file that touches names that differ between JAX releases."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,18 @@ def varying_axes(x: Any) -> tuple[str, ...]:
     manual = getattr(aval, "mat", None)
     axes = getattr(aval, "vma", None) if manual is None else manual.varying
     return tuple(sorted(axes or ()))
+
+
+def as_varying(arrays: Sequence[Any], like: Sequence[Any] = ()) -> list[Any]:
+    """Arrays that vary over the mesh axes that any of them, or of `like`, varies over."""
+    axes = {axis for x in (*arrays, *like) for axis in varying_axes(x)}
+    if not axes:
+        return list(arrays)
+    missing = [tuple(sorted(axes - set(varying_axes(x)))) for x in arrays]
+    return [
+        lax.pcast(x, some, to="varying") if some else x
+        for x, some in zip(arrays, missing, strict=True)
+    ]
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -89,6 +102,7 @@ def _body(equation: JaxprEqn) -> ClosedJaxpr:
 
 def bind(equation: JaxprEqn, *inputs: Any) -> tuple[Any, ...]:
     """Evaluate an equation; always a tuple of outputs."""
+    inputs = tuple(as_varying(inputs))  # inside shard_map primitives themselves do not do that
     params = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         outputs = equation.primitive.bind(*inputs, **params)

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from optaxclip._compat import varying_axes
+from optaxclip._leaves import Leaves, Tree, path_name
 from optaxclip._reductions import power, vanishing
 
 Axes = tuple[str, ...]
@@ -68,6 +70,26 @@ def over_mesh(
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     pieces = jnp.split(norms, ends)
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def check_reduced(updates: Leaves, params: Tree) -> None:
+    """Raises where a gradient varies over a mesh axis that its parameter does not vary over."""
+    varying = list(map(varying_axes, updates.arrays))
+    if params is None or not any(varying):
+        return
+    of_params = {
+        path_name(key_path): varying_axes(x)
+        for key_path, x in jax.tree.leaves_with_path(params)
+        if hasattr(x, "dtype")
+    }
+    for path, axes in zip(updates.paths, varying, strict=True):
+        extra = tuple(axis for axis in axes if axis not in of_params.get(path, axes))
+        if extra:
+            raise ValueError(
+                f"a gradient must vary over the mesh axes of its parameter, got {path} varying"
+                f" over {extra}, where the parameter is the same on all devices. Reduce it before"
+                f" it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum."
+            )
 
 
 def placed(part: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:

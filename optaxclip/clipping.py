@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
+from optaxclip._mesh import check_reduced
 from optaxclip._reductions import accumulator, for_leaf, times
 from optaxclip._statistics import (
     ClipStats,
@@ -84,6 +85,8 @@ def clip_by(
     Raises:
       ValueError: unknown parts; a bound that is negative or NaN; trees that do not match.
       TypeError: a leaf that is no array; a bound that is no number.
+      ValueError: inside `jax.shard_map`, a gradient that varies over a mesh axis which its
+        parameter, given as `params`, does not vary over: it was not reduced over the batch.
 
     Guarantees:
       A group inside its bound comes out bit for bit (but XLA may flush subnormal numbers).
@@ -125,6 +128,8 @@ def clip_by(
         leaves = measured.leaves(updates)
         layout = measured.layout(leaves)
         check_same_groups(state.stats, layout)
+        if measured.axis_name is None:
+            check_reduced(leaves, params)
         norms = measured.measure(leaves, layout) if stats else _unmeasured(layout)
         context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
         found, threshold_state = limit.bound(norms, state.threshold_state, context)

@@ -167,7 +167,9 @@ class Norm:
     Edge cases:
       Integer, boolean, float0, None, MaskedNode and empty leaves are not counted; a tree
       without floating-point leaves has global norm 0. A unit whose every element is below
-      1e-19 may measure 0. Orders besides 1, 2, `inf` and `"rms"` read the leaves twice.
+      1e-19 may measure 0. Orders besides 1, 2, `inf` and `"rms"` read the leaves twice, and take
+      two collectives on a mesh. Leaves that vary over a mesh axis are taken for shards: a
+      data-parallel gradient that was not reduced yet counts as one long gradient. Reduce it first.
     """
 
     by: By = "global"

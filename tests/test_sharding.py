@@ -252,6 +252,41 @@ def test_one_all_reduce_for_many_sharded_leaves(mesh):
     assert hlo.count(" all-reduce(") == 1
 
 
+def test_a_gradient_that_was_not_reduced(mesh):
+    """Under `shard_map` the types show it, when the parameters are given."""
+    params, batch = {"w": jnp.ones(3), "b": jnp.ones(())}, jnp.arange(24.0).reshape(8, 3)
+
+    def loss(params, x):
+        return jnp.mean((x @ params["w"] + params["b"]) ** 2)
+
+    def step(tx, reduced, params, batch):
+        local = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), params)
+        grads = jax.grad(loss)(local, batch)
+        if reduced:
+            grads = jax.lax.pmean(grads, "data")
+        return tx.update(grads, tx.init(params), params)[0]
+
+    def run(tx, reduced):
+        f = functools.partial(step, tx, reduced)
+        run = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+        return jax.jit(run)(params, batch)
+
+    tx = optaxclip.clip_by_global_norm(1.0)
+    message = r"got b varying over \('data',\).*jax\.lax\.pmean\(grads, \('data',\)\)"
+    with pytest.raises(ValueError, match=message):
+        run(tx, False)
+    whole = jax.grad(loss)(params, batch)
+    assert_close(run(tx, True), tx.update(whole, tx.init(whole))[0])
+    # Of a parameter that is split itself the gradient is too.
+    split = jax.shard_map(
+        lambda g, p: tx.update(g, tx.init(p), p)[0],
+        mesh=mesh,
+        in_specs=(P("data"), P("data")),
+        out_specs=P("data"),
+    )
+    assert_close(jax.jit(split)({"w": batch}, {"w": batch})["w"], batch / jnp.linalg.norm(batch))
+
+
 def test_skip_is_taken_by_all_devices_alike(mesh, grads):
     tx = optaxclip.skip_nonfinite(optax.adam(1e-3))
     state = tx.init(grads)

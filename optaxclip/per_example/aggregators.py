@@ -81,7 +81,8 @@ def clip_per_example(
     Edge cases:
       Norms come from sums of squares: in float32, an example with norm beyond 1e19 counts as not
       finite, and one below 1e-19 as zero. Integer leaves have zero updates. Under `jit` the batch
-      may be sharded; inside `jax.shard_map` each device aggregates its own examples.
+      may be sharded; inside `jax.shard_map` each device aggregates its own examples, so that the
+      updates want `jax.lax.pmean` over the axes of the batch, and statistics are a device's.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip

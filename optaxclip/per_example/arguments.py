@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip._compat import as_varying
 from optaxclip.per_example.checks import check_batch, check_params, loss_and_aux, what_fun_saw
 
 Tree = Any
@@ -73,7 +74,7 @@ class Call:
     @property
     def example(self) -> list[jax.ShapeDtypeStruct]:
         """The types of one example."""
-        return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self.batch]
+        return jax.eval_shape(lambda batch: [x[0] for x in batch], self.batch)
 
 
 def bind(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
@@ -127,7 +128,10 @@ def bind(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str,
         trees = with_moving(gradients, zeros)
         return tuple(trees) if isinstance(options.argnums, Sequence) else trees[0]
 
-    return Call(one, [leaves[i] for i in moving], batch + keys, like_params)
+    # Inside shard_map the gradient of what does not vary over a mesh axis is added up over it: of
+    # parameters it would be the sum over one example of each device.
+    params = as_varying([leaves[i] for i in moving], batch)
+    return Call(one, params, as_varying(batch + keys, params), like_params)
 
 
 def unbatched_aux(aux: Tree, options: Options) -> Tree:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip._compat import as_varying
+
 Tree = Any
 
 
@@ -25,6 +27,8 @@ def accumulated(
         return jax.tree.map(jnp.add, total, sums), each
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    leaves, structure = jax.tree.flatten(zeros)
+    zeros = jax.tree.unflatten(structure, as_varying(leaves, like=jax.tree.leaves(parts)))
     total, each = jax.lax.scan(step, zeros, parts)
     return total, jax.tree.map(_join, each)
 

@@ -85,7 +85,8 @@ def reweighted_grad(
       is not computed.
 
     Edge cases:
-      A weight of zero does not hide a gradient that is infinite or NaN.
+      A weight of zero does not hide a gradient that is infinite or NaN. Inside `jax.shard_map` a
+      device sums over its own examples: `jax.lax.psum` the result over the axes of the batch.
 
     Example:
       >>> import jax.numpy as jnp

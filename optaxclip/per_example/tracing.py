@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip._compat import as_varying
 from optaxclip.per_example.forms import Form, add, zero_like
 from optaxclip.per_example.program import Program, Values, evaluate_once
 from optaxclip.per_example.walk import Records, Taps, find_forms, run, zero_taps
@@ -38,7 +39,8 @@ def _cotangents(
     program: Program, values: Values, batch: list[Any], spmd_axis_name: Any
 ) -> tuple[list[jax.Array], Records, Taps]:
     """The outputs, the records and the cotangents of the taps, batched."""
-    taps = zero_taps(program.block)
+    leaves, structure = jax.tree.flatten(zero_taps(program.block))
+    taps = jax.tree.unflatten(structure, as_varying(leaves, like=batch))
 
     def one(example: list[Any]) -> tuple[list[Any], Records, Taps]:
         def loss_of(taps: Taps) -> tuple[Any, Any]:

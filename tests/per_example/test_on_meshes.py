@@ -1,0 +1,129 @@
+"""Per-example clipping with the batch split over a mesh: one device's result, nothing gathered."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxclip
+from optaxclip.per_example import reweighted_grad
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+WIDTH, BATCH = 32, 16
+REPLICATED = {"a": P(), "b": P(), "c": P()}
+FSDP = {"a": P("data"), "b": P("data"), "c": P(None, "data")}
+SCHEDULES = [("one_pass", None), ("two_pass", None), ("vmap", None), ("one_pass", 8)]
+
+
+def loss(params, x):
+    hidden = jnp.tanh(x @ params["a"] + params["b"])
+    return jnp.sum(jnp.tanh(hidden @ params["c"]) ** 2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (16, WIDTH), "b": (WIDTH,), "c": (WIDTH, 8)}
+    return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, 3, 16)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def to_unit_norm(sq_norms):
+    return jnp.minimum(1.0, 1 / jnp.sqrt(sq_norms))
+
+
+def reweighted(method, size):
+    return reweighted_grad(loss, to_unit_norm, method=method, microbatch_size=size)
+
+
+@pytest.fixture(scope="module")
+def oracle(params, batch):
+    """By `vmap(grad)`, in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), params)
+        grads = jax.vmap(jax.grad(loss), (None, 0))(wide, jnp.asarray(np.float64(batch)))
+        squares = sum(jnp.sum(g.reshape(BATCH, -1) ** 2, axis=1) for g in grads.values())
+        c = jnp.minimum(1.0, 1 / jnp.sqrt(squares))
+        return {k: np.asarray(jnp.tensordot(c, g, 1)) for k, g in grads.items()}, np.sqrt(squares)
+
+
+def assert_near(got, want):
+    for k, x in got.items():
+        np.testing.assert_allclose(x, want[k], atol=2e-6 * np.abs(want[k]).max())
+
+
+@pytest.mark.parametrize("specs", [REPLICATED, FSDP], ids=["replicated", "fsdp"])
+@pytest.mark.parametrize(("method", "size"), SCHEDULES)
+def test_jit(params, batch, mesh, oracle, specs, method, size):
+    held = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in params.items()}
+    examples = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    compiled = jax.jit(reweighted(method, size)).lower(held, examples).compile()
+    got = compiled(held, examples)
+    assert_near(got.grads, oracle[0])
+    np.testing.assert_allclose(np.sqrt(got.sq_norms), oracle[1], rtol=1e-5)
+    found = collectives(compiled)
+    # The sum itself, and parameters that are split: what belongs to examples stays where it is.
+    assert sorted(c.kind for c in found if c.kind != "all-gather") == ["all-reduce"]
+    number = sum(x.size for x in params.values())
+    assert [c.bytes for c in found if c.kind == "all-reduce"] == [4 * number]
+    sizes = {4 * x.size for x in params.values()} if specs is FSDP else set()
+    assert {c.bytes for c in found if c.kind == "all-gather"} <= sizes
+
+
+@pytest.mark.parametrize("by", ["global", "leaf"])
+def test_statistics_are_those_of_the_whole_batch(params, batch, mesh, by):
+    tx = optaxclip.clip_per_example(1.0, by=by)
+
+    def step(params, batch):
+        grads = optaxclip.per_example_grad(loss)(params, batch)
+        return tx.update(grads, tx.init(params), params)
+
+    held = {k: jax.device_put(x, NamedSharding(mesh, FSDP[k])) for k, x in params.items()}
+    examples = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    updates, state = jax.jit(step)(held, examples)
+    alone, alone_state = jax.jit(step)(params, batch)
+    assert_near(updates, jax.tree.map(np.asarray, alone))
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(alone_state), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+        assert x.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("method", "size"), [*SCHEDULES[:3], ("one_pass", 1)])
+def test_inside_shard_map_each_device_has_its_own_examples(
+    params, batch, mesh, oracle, method, size, check_vma
+):
+    """`jax.grad` there adds up over devices what parameters that are whole get."""
+
+    def step(params, batch):
+        return jax.lax.psum(reweighted(method, size)(params, batch).grads, "data")
+
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
+    )
+    assert_near(jax.jit(step)(params, batch), oracle[0])
+
+
+def test_clip_per_example_inside_shard_map(params, batch, mesh, oracle):
+    tx = optaxclip.clip_per_example(1.0)
+
+    def step(params, batch):
+        grads = optaxclip.per_example_grad(loss)(params, batch)
+        return jax.lax.pmean(tx.update(grads, tx.init(params), params)[0], "data")
+
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    got = jax.jit(step)(params, batch)
+    assert_near(jax.tree.map(lambda x: BATCH * x, got), oracle[0])
