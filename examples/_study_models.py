@@ -86,12 +86,14 @@ class LSTM(nnx.Module):
     """One layer over the tokens; its last output counts."""
 
     def __init__(self, data: Data, rngs: nnx.Rngs):
-        self.cell = nnx.RNN(nnx.OptimizedLSTMCell(data.shape[1], WIDTH, rngs=rngs))
+        self.cell = nnx.OptimizedLSTMCell(data.shape[1], WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, data.classes, rngs=rngs)
 
     def features(self, x):
         """What the head sees."""
-        return self.cell(x)[:, -1]
+        zeros = jnp.zeros((len(x), WIDTH))
+        step = lambda carry, token: (self.cell(carry, token)[0], None)  # noqa: E731
+        return jax.lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[0][1]
 
 
 class Transformer(nnx.Module):

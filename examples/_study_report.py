@@ -72,6 +72,9 @@ def _stability(results: Results) -> str:
     ]
     runs = len(results.cells) * len(results.seeds)
     rows.append(["failed, of all", *(f"{n:.0f} of {runs}" for n in total)])
+    how = {"regularisers": ["plain"], "setting": "stress"}
+    gains = [shown(results.effects("accuracy", c, **how), 100, 0) for c in CLIPPERS[1:]]
+    rows.append(["change, points", "", *gains])
     return table(["accuracy, %", *CLIPPERS], rows)
 
 
