@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree, whatever is installed
 
+import docutils.nodes
+
 import optaxclip
 
 project = "optaxclip"
@@ -45,6 +47,7 @@ if os.environ.get("OPTAXCLIP_DOCS_ONLINE"):
     }
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 napoleon_custom_sections = ["Guarantees", "Edge cases", "Source"]
 napoleon_use_rtype = False
@@ -75,6 +78,12 @@ def _escaped(line):
     return bullet + "`".join(parts)
 
 
+def _pictures_open_in_full_size(app, doctree):
+    """Sphinx links a picture to its file where a width is given: for telephones."""
+    for picture in doctree.findall(docutils.nodes.image):
+        picture.setdefault("width", "100%")
+
+
 def _without_the_constructor_of_tuples(app, what, name, obj, options, signature, returns):
     """Nobody makes these results by hand: their fields say what they are."""
     return ("", returns) if what == "class" and issubclass(obj, tuple) else None
@@ -83,4 +92,5 @@ def _without_the_constructor_of_tuples(app, what, name, obj, options, signature,
 def setup(app):
     """What this file adds to Sphinx; docstrings are looked at before napoleon does, at 500."""
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=400)
+    app.connect("doctree-read", _pictures_open_in_full_size)
     app.connect("autodoc-process-signature", _without_the_constructor_of_tuples)
