@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree, whatever is installed
 
-import docutils.nodes
+from docutils import nodes
+from sphinx import addnodes
 
 import optaxclip
 
@@ -34,6 +35,7 @@ html_title = f"optaxclip {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 highlight_language = "none"
+smartquotes = False
 pygments_dark_style = "github-dark"
 
 # A build must not depend on the network: without this variable, names of other libraries are
@@ -80,8 +82,18 @@ def _escaped(line):
 
 def _pictures_open_in_full_size(app, doctree):
     """Sphinx links a picture to its file where a width is given: for telephones."""
-    for picture in doctree.findall(docutils.nodes.image):
+    for picture in doctree.findall(nodes.image):
         picture.setdefault("width", "100%")
+
+
+def _names_are_links(app, doctree):
+    """`clip_by_value(c)` in the text of a page leads to its place in the reference."""
+    for code in list(doctree.findall(nodes.literal)):
+        name = code.astext().partition("(")[0]
+        linked = isinstance(code.parent, (addnodes.pending_xref, nodes.reference, nodes.title))
+        if not linked and callable(getattr(optaxclip, name, None)):
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": f"optaxclip.{name}"}
+            code.replace_self(addnodes.pending_xref("", code.deepcopy(), refwarn=True, **target))
 
 
 def _without_the_constructor_of_tuples(app, what, name, obj, options, signature, returns):
@@ -93,4 +105,5 @@ def setup(app):
     """What this file adds to Sphinx; docstrings are looked at before napoleon does, at 500."""
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=400)
     app.connect("doctree-read", _pictures_open_in_full_size)
+    app.connect("doctree-read", _names_are_links)
     app.connect("autodoc-process-signature", _without_the_constructor_of_tuples)
