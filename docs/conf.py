@@ -35,7 +35,7 @@ html_title = f"optaxclip {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 highlight_language = "none"
-smartquotes = False
+smartquotes_action = "De"  # dashes and ellipses; quotes as they are typed
 pygments_dark_style = "github-dark"
 
 # A build must not depend on the network: without this variable, names of other libraries are
@@ -51,8 +51,8 @@ if os.environ.get("OPTAXCLIP_DOCS_ONLINE"):
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
-napoleon_custom_sections = ["Guarantees", "Edge cases", "Source"]
-napoleon_use_rtype = False
+# Returns among them: napoleon would take what stands before a colon for a type.
+napoleon_custom_sections = ["Returns", "Guarantees", "Edge cases", "Source"]
 # What stands in single backticks is code, and a link where it names something of this library.
 default_role = "py:obj"
 
@@ -77,6 +77,8 @@ def _escaped(line):
     bullet, text = re.fullmatch(r"(\s*(?:\* )?)(.*)", line).groups()
     parts = text.split("`")
     parts[::2] = [re.sub(r"([|*\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+    # A letter may not follow a closing backtick but for an escaped space, which vanishes.
+    parts[2::2] = [rf"\ {part}" if part[:1].isalnum() else part for part in parts[2::2]]
     return bullet + "`".join(parts)
 
 
