@@ -85,11 +85,9 @@ PAGE = """# What each clipper does over time
 log-normal, sigma 0.1, at a level of 0.1. Fixed bounds are at 1.2 levels. "Published" is
 `relearn_after=None`.
 
-<!-- table -->
+![The multipliers over time](behaviour.png)
 
-{table}
-
-<!-- end -->
+What the columns of the table mean:
 
 * **steady: clipped**: share of steps changed at a steady level.
 * **a 20x spike passes as**, also **after one** of 1000 times **in the warm-up**: in levels.
@@ -101,11 +99,15 @@ log-normal, sigma 0.1, at a level of 0.1. Fixed bounds are at 1.2 levels. "Publi
 * **waking leaf**: the multiplier of a leaf's first gradient after 300 steps of zeros.
 * **constant**: the smallest multiplier of norms that do not vary.
 
+<!-- table -->
+
+{table}
+
+<!-- end -->
+
 Tests hold the clippers whose bound follows the norms, with their defaults, to at most 200 steps
 after x3, at most two levels for both spikes, no memory of a NaN, and at least half of a waking leaf
 and of constant norms (`optaxclip.testing.check_clipper`).
-
-![The multipliers over time](behaviour.png)
 
 This page and the picture are written by the script, with `--markdown` and `--plot`.
 """

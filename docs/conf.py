@@ -7,6 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this tree, whatever is installed
 
+from docutils import nodes
+from sphinx import addnodes
+
 import optaxclip
 
 project = "optaxclip"
@@ -32,6 +35,7 @@ html_title = f"optaxclip {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 highlight_language = "none"
+smartquotes_action = "De"  # dashes and ellipses; quotes as they are typed
 pygments_dark_style = "github-dark"
 
 # A build must not depend on the network: without this variable, names of other libraries are
@@ -45,9 +49,10 @@ if os.environ.get("OPTAXCLIP_DOCS_ONLINE"):
     }
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
-napoleon_custom_sections = ["Guarantees", "Edge cases", "Source"]
-napoleon_use_rtype = False
+# Returns among them: napoleon would take what stands before a colon for a type.
+napoleon_custom_sections = ["Returns", "Guarantees", "Edge cases", "Source"]
 # What stands in single backticks is code, and a link where it names something of this library.
 default_role = "py:obj"
 
@@ -72,7 +77,25 @@ def _escaped(line):
     bullet, text = re.fullmatch(r"(\s*(?:\* )?)(.*)", line).groups()
     parts = text.split("`")
     parts[::2] = [re.sub(r"([|*\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+    # A letter may not follow a closing backtick but for an escaped space, which vanishes.
+    parts[2::2] = [rf"\ {part}" if part[:1].isalnum() else part for part in parts[2::2]]
     return bullet + "`".join(parts)
+
+
+def _pictures_open_in_full_size(app, doctree):
+    """Sphinx links a picture to its file where a width is given: for telephones."""
+    for picture in doctree.findall(nodes.image):
+        picture.setdefault("width", "100%")
+
+
+def _names_are_links(app, doctree):
+    """`clip_by_value(c)` in the text of a page leads to its place in the reference."""
+    for code in list(doctree.findall(nodes.literal)):
+        name = code.astext().partition("(")[0]
+        linked = isinstance(code.parent, (addnodes.pending_xref, nodes.reference, nodes.title))
+        if not linked and callable(getattr(optaxclip, name, None)):
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": f"optaxclip.{name}"}
+            code.replace_self(addnodes.pending_xref("", code.deepcopy(), refwarn=True, **target))
 
 
 def _without_the_constructor_of_tuples(app, what, name, obj, options, signature, returns):
@@ -83,4 +106,6 @@ def _without_the_constructor_of_tuples(app, what, name, obj, options, signature,
 def setup(app):
     """What this file adds to Sphinx; docstrings are looked at before napoleon does, at 500."""
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=400)
+    app.connect("doctree-read", _pictures_open_in_full_size)
+    app.connect("doctree-read", _names_are_links)
     app.connect("autodoc-process-signature", _without_the_constructor_of_tuples)

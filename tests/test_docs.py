@@ -3,15 +3,24 @@
 import contextlib
 import io
 import re
+import tempfile
 import urllib.parse
 
 import pytest
 from pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
 
 import optaxclip
+from optaxclip.per_example import registry
 
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch, tmp_path):
+    """Rules that a page registers are forgotten, and so is what it writes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name)

@@ -229,7 +229,8 @@ LABEL_NOISE = ("per_example", "global", "phuber")
 @pytest.fixture(scope="module")
 def label_noise(tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("label_noise")
-    done = run("label_noise.py", "--quick", "--methods", *LABEL_NOISE, "--out", str(out))
+    page = ("--markdown", str(out / "page.md"))
+    done = run("label_noise.py", "--quick", "--methods", *LABEL_NOISE, "--out", str(out), *page)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -238,6 +239,7 @@ def test_label_noise_writes_its_files_and_the_table(label_noise):
     out, printed = label_noise
     assert {path.name for path in out.iterdir()} == {
         "label_noise.png",
+        "page.md",
         "report.html",
         "results.json",
     }
@@ -248,7 +250,10 @@ def test_label_noise_writes_its_files_and_the_table(label_noise):
     for method in LABEL_NOISE:
         assert found[method, 0.0] > 0.9
     line = next(x for x in printed.splitlines() if x.startswith("PHuber"))
-    assert line.split()[-2:] == [f"{100 * found['phuber', noise]:.1f}" for noise in (0.0, 0.4)]
+    shown = [f"{100 * found['phuber', noise]:.1f}" for noise in (0.0, 0.4)]
+    assert line.split()[-2:] == shown
+    page = (out / "page.md").read_text(encoding="utf-8")
+    assert f"| PHuber, tau 2 | {shown[0]} ± 0.0 | {shown[1]} ± 0.0 |" in page
 
 
 @pytest.mark.slow
