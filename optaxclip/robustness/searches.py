@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._inputs import Bounds
 from optaxclip._leaves import Tree
-from optaxclip._perturbations import (
+from optaxclip._reductions import largest
+from optaxclip.robustness.inputs import Bounds
+from optaxclip.robustness.perturbations import (
     directions,
     flat,
     in_ball,
@@ -20,7 +21,6 @@ from optaxclip._perturbations import (
     normal,
     steepest,
 )
-from optaxclip._reductions import largest
 
 
 class SensitivityStats(NamedTuple):
@@ -38,6 +38,7 @@ class SensitivityStats(NamedTuple):
 def sensitivity(
     static: tuple, params: Tree, x: jax.Array, radius: Any, key: jax.Array
 ) -> SensitivityStats:
+    """`input_sensitivity` in one program."""
     fun, norm, samples, steps, batch_size = static
 
     def of_batch(x: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -147,6 +148,7 @@ def noisy(
     key: jax.Array,
     box: Bounds,
 ) -> jax.Array:
+    """`noise_accuracy` in one program: [sigmas]."""
     fun, samples, batch_size = static
 
     def of_batch(x: jax.Array, y: jax.Array, keys: jax.Array) -> jax.Array:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._inputs import (
+from optaxclip._leaves import Tree
+from optaxclip.learning import check_count
+from optaxclip.robustness.inputs import (
     Bounds,
     Fun,
     box_of,
@@ -23,9 +25,7 @@ from optaxclip._inputs import (
     known,
     labels_of,
 )
-from optaxclip._leaves import Tree
-from optaxclip._searches import SensitivityStats, noisy, sensitivity, survives
-from optaxclip.learning import check_count
+from optaxclip.robustness.searches import SensitivityStats, noisy, sensitivity, survives
 
 Method = Literal["fgsm", "pgd"]
 
