@@ -68,7 +68,11 @@ def main() -> None:
     """Runs the grid, or reads what it gave, and prints the tables."""
     args = _arguments()
     if args.rows:
-        found = json.loads(args.rows.read_text())
+        parts = [json.loads(path.read_text()) for path in args.rows]
+        found = {
+            "machine": parts[0]["machine"],
+            "rows": [row for part in parts for row in part["rows"]],
+        }
         print(*(f"\n{title}\n\n{table}" for title, table in _tables(found["rows"])), sep="\n")
     else:
         found = {"machine": machine(), "rows": _measure_all(args)}
@@ -226,7 +230,9 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="+", choices=list(table), default=list(table))
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--rows", type=Path, help="take the rows of this JSON, measure nothing")
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", help="take the rows of these JSONs, measure nothing"
+    )
     parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     args = parser.parse_args()
     if args.quick:

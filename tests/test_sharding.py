@@ -82,9 +82,8 @@ def test_optax_is_wrong_where_this_is_right(mesh, grads):
     def run(clip):
         local = functools.partial(factors, clip)
         # Optax's result varies over the mesh, so its out_specs cannot be checked.
-        return jax.shard_map(local, mesh=mesh, in_specs=(SPECS,), out_specs=P(), check_vma=False)(
-            grads
-        )
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=(SPECS,), out_specs=P(), check_vma=False)
+        return jax.jit(sharded)(grads)
 
     whole = factors(optax.clip_by_global_norm(1.0), grads)
     ours = optaxclip.clip_by_global_norm(
@@ -205,12 +204,13 @@ def test_units_under_shard_map_need_axis_name(mesh, grads):
         return tx.update(grads, tx.init(grads), grads)[0]
 
     def sharded(tx):
-        return jax.shard_map(
+        local = jax.shard_map(
             functools.partial(update, tx=tx),
             mesh=mesh,
             in_specs=({"columns": SPECS["columns"]},),
             out_specs={"columns": SPECS["columns"]},
-        )({"columns": grads["columns"]})
+        )
+        return jax.jit(local)({"columns": grads["columns"]})
 
     with pytest.raises(ValueError, match=r"columns .* sharded over \('model',\).*axis_name=\(\)"):
         sharded(optaxclip.agc(0.01))
@@ -223,13 +223,13 @@ def test_units_split_over_the_mesh(mesh, grads):
     tree = {"rows": grads["rows"]}  # units are columns, split over "data"
     alone, tx = optaxclip.agc(0.01), optaxclip.agc(0.01, axis_name="data")
     expected, _ = alone.update(tree, alone.init(tree), tree)
-    got = jax.shard_map(
+    sharded = jax.shard_map(
         lambda g: tx.update(g, tx.init(g), g)[0],
         mesh=mesh,
         in_specs=({"rows": P("data")},),
         out_specs={"rows": P("data")},
-    )(tree)
-    assert_close(got, expected)
+    )
+    assert_close(jax.jit(sharded)(tree), expected)
 
 
 def test_pmap_axis_name(grads):
