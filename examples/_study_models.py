@@ -92,7 +92,10 @@ class LSTM(nnx.Module):
     def features(self, x):
         """What the head sees."""
         zeros = jnp.zeros((len(x), WIDTH))
-        step = lambda carry, token: (self.cell(carry, token)[0], None)  # noqa: E731
+
+        def step(carry, token):
+            return self.cell(carry, token)[0], None
+
         return jax.lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[0][1]
 
 

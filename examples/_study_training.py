@@ -166,7 +166,10 @@ def examine(model: str, data: str, params: Any, x: jax.Array, y: jax.Array) -> l
     """Sensitivity of logits and of probabilities, accuracy under attack and under noise."""
     graph, _ = jax.eval_shape(lambda: build(model, data, 0))
     fun = functools.partial(logits, graph)
-    sure = lambda params, x: jax.nn.softmax(fun(params, x))  # noqa: E731
+
+    def sure(params, x):
+        return jax.nn.softmax(fun(params, x))
+
     x, y, key, radius = x[:ATTACKED], y[:ATTACKED], jax.random.key(0), DATA[data].radius
     found = [
         jnp.mean(

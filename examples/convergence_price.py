@@ -20,7 +20,6 @@ A table goes to the terminal; convergence_price.png and results.json to the fold
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from _mlp import Params, init, outputs
 from _plots import LOOK
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
@@ -41,7 +41,6 @@ import optaxclip
 
 WIDTHS = (64, 64, 10)
 BATCH_SIZE, LEARNING_RATE, EVAL_EVERY, TARGET = 64, 0.3, 5, 0.9
-Params = list[tuple[jax.Array, jax.Array]]
 CLIPPERS = {
     "global": optaxclip.clip_by_global_norm,
     "leaf": optaxclip.clip_by_leaf_norm,
@@ -112,25 +111,14 @@ def load(seed: int, steps: int) -> tuple[Any, ...]:
         stratify=digits.target,
     )
     order = np.random.default_rng(seed).integers(0, len(x), (steps, BATCH_SIZE))
-    keys = jax.random.split(jax.random.key(seed), len(WIDTHS) - 1)
-    params = [
-        (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o))
-        for k, (i, o) in zip(keys, itertools.pairwise(WIDTHS), strict=True)
-    ]
+    params = init(jax.random.key(seed), WIDTHS)
     return params, x, y, x_test, y_test, order.reshape(-1, EVAL_EVERY, BATCH_SIZE)
-
-
-def logits(params: Params, x: jax.Array) -> jax.Array:
-    """For one example or for many."""
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    return x @ params[-1][0] + params[-1][1]
 
 
 def loss(params: Params, batch: Any) -> jax.Array:
     """Cross-entropy, for one example or the mean over many."""
     x, y = batch
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs(params, x), y))
 
 
 def train(
@@ -160,7 +148,7 @@ def train(
 
     def until_evaluation(carry: Any, rows: jax.Array) -> tuple[Any, Any]:
         carry, seen = jax.lax.scan(step, carry, rows)
-        right = logits(carry[0], x_test).argmax(axis=-1) == y_test
+        right = outputs(carry[0], x_test).argmax(axis=-1) == y_test
         return carry, (jnp.mean(right), *seen)
 
     start = params, clip.init(params), jnp.zeros((), jnp.int32)

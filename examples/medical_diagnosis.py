@@ -24,7 +24,6 @@ This is an example of method. Nobody should be diagnosed by it.
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -36,15 +35,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _medical_report import Assessment, figure_of, table_of
+from _mlp import Params, init, outputs
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
 
 import optaxclip
 
-WIDTHS = (30, 32, 1)
+initialize = functools.partial(init, widths=(30, 32, 1))  # one object: compiled once
 BATCH_SIZE, LEARNING_RATE = 32, 0.5
-Params = list[tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 searches[name] = optaxclip.cross_validate(
                     optimizers[name],
                     thresholds,
-                    init_fn=init,
+                    init_fn=initialize,
                     loss_fn=loss,
                     metric_fn=loss,
                     mode="min",
@@ -122,20 +121,9 @@ def load(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np
     )
 
 
-def init(key: jax.Array) -> Params:
-    """Weights with He's variance, biases of zero."""
-    keys = jax.random.split(key, len(WIDTHS) - 1)
-    return [
-        (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o))
-        for k, (i, o) in zip(keys, itertools.pairwise(WIDTHS), strict=True)
-    ]
-
-
 def logit(params: Params, x: jax.Array) -> jax.Array:
     """Of a malignant tumour, for a batch."""
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    return (x @ params[-1][0] + params[-1][1])[:, 0]
+    return outputs(params, x)[:, 0]
 
 
 def loss(params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -157,7 +145,7 @@ def trainer(optimizer: Callable, grad: Callable) -> Callable:
     @jax.jit
     def train(threshold: Any, key: jax.Array, x: Any, y: Any, order: Any) -> Params:
         tx = optimizer(threshold)
-        params = init(key)
+        params = initialize(key)
 
         def step(carry: Any, batch: jax.Array) -> tuple[Any, None]:
             params, state = carry

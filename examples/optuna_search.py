@@ -13,7 +13,7 @@ nothing else. SQLite is for workers that share a disk; for more, use PostgreSQL 
 """
 
 import argparse
-import itertools
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optuna
+from _mlp import init, outputs
 from sklearn.datasets import load_digits
 
 import optaxclip
 
-WIDTHS = (64, 64, 10)
+initialize = functools.partial(init, widths=(64, 64, 10))  # one object: compiled once
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = optaxclip.cross_validate(
             lambda c: optax.chain(optaxclip.clip_by_global_norm(c), optax.sgd(learning_rate)),
             [threshold],
-            init_fn=init,
+            init_fn=initialize,
             loss_fn=loss,
             metric_fn=accuracy,
             data=data,
@@ -85,31 +86,15 @@ def report(study: optuna.Study) -> None:
     print(f"{len(done)} trials in the study, {failed} more diverged")
 
 
-def init(key: jax.Array) -> Any:
-    """Weights with He's variance, biases of zero."""
-    keys = jax.random.split(key, len(WIDTHS) - 1)
-    return [
-        (jax.random.normal(k, (i, o)) * (2 / i) ** 0.5, jnp.zeros(o))
-        for k, (i, o) in zip(keys, itertools.pairwise(WIDTHS), strict=True)
-    ]
-
-
-def logits(params: Any, x: jax.Array) -> jax.Array:
-    """Of a batch."""
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    return x @ params[-1][0] + params[-1][1]
-
-
 def loss(params: Any, batch: Any) -> jax.Array:
     """Cross-entropy."""
     x, y = batch
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs(params, x), y))
 
 
 def accuracy(params: Any, batch: Any) -> jax.Array:
     """Share of right answers."""
-    return jnp.mean(logits(params, batch[0]).argmax(axis=-1) == batch[1])
+    return jnp.mean(outputs(params, batch[0]).argmax(axis=-1) == batch[1])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

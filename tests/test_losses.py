@@ -31,7 +31,7 @@ def test_equals_the_formula(tau):
 
 def test_value_and_slope_are_continuous_and_the_slope_is_bounded():
     z = jnp.linspace(-8, 8, 20_001)
-    loss = lambda z: phuber_cross_entropy(jnp.stack([z, 0.0 * z]), jnp.array(0), 3.0)  # noqa: E731
+    loss = lambda z: phuber_cross_entropy(jnp.stack([z, 0.0 * z]), jnp.array(0), 3.0)
     value, slope = jax.vmap(jax.value_and_grad(loss))(z)
     assert np.max(np.abs(np.diff(value))) < 1e-3
     assert np.max(np.abs(np.diff(slope))) < 1e-3
@@ -69,7 +69,7 @@ def test_clipping_logistic_gradients_is_the_gradient_of_the_huberised_loss(tau):
     x = rng.standard_normal((40, 5))
     x = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
     y, w = jnp.asarray(rng.choice([-1.0, 1.0], 40)), jnp.asarray(2 * rng.standard_normal(5))
-    logistic = lambda w, e: jax.nn.softplus(-e[1] * (e[0] @ w))  # noqa: E731
+    logistic = lambda w, e: jax.nn.softplus(-e[1] * (e[0] @ w))
     tx = optaxclip.clip_per_example(tau)
     grads = optaxclip.per_example_grad(logistic)(w, (x, y))
     clipped, state = tx.update(grads, tx.init(w))

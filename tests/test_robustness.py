@@ -58,7 +58,7 @@ def test_mean_is_over_random_directions():
 
 def test_a_steep_spot_is_found_by_the_ascent():
     """A step of tanh at a distance: its secant is steepest for a certain direction and length."""
-    fun = lambda w, x: jnp.tanh(10 * (x @ w - 1))[:, None]  # noqa: E731
+    fun = lambda w, x: jnp.tanh(10 * (x @ w - 1))[:, None]
     w, x = jnp.zeros(20).at[3].set(1.0), jnp.zeros((2, 20))
     found = input_sensitivity(fun, w, x, radius=1.2, norm=2, samples=4, key=KEY)
     steepest = (np.tanh(2) + np.tanh(10)) / 1.2
@@ -74,7 +74,7 @@ def test_images_bf16_outputs_and_batches_give_the_same():
     parts = input_sensitivity(linear, w, images, batch_size=3, **arguments)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-    half = lambda w, x: linear(w, x).astype(jnp.bfloat16)  # noqa: E731
+    half = lambda w, x: linear(w, x).astype(jnp.bfloat16)
     found = jax.eval_shape(lambda x: input_sensitivity(half, w, x, **arguments), images)
     assert {x.dtype for x in found} == {jnp.dtype("float32")}
 
@@ -164,9 +164,9 @@ def test_every_point_lies_in_the_ball_and_within_the_bounds(norm):
 
 def test_a_model_that_is_sure_is_attacked_all_the_same():
     """Cross-entropy's gradient is exactly 0 in float32 here."""
-    fun = lambda w, x: jnp.stack([w * x, -w * x], axis=1)  # noqa: E731
+    fun = lambda w, x: jnp.stack([w * x, -w * x], axis=1)
     x, y = jnp.full(4, 0.5), jnp.zeros(4, int)
-    loss = lambda x: -jax.nn.log_softmax(fun(1e4, x))[:, 0].sum()  # noqa: E731
+    loss = lambda x: -jax.nn.log_softmax(fun(1e4, x))[:, 0].sum()
     assert not np.any(jax.grad(loss)(x))
     found = [
         float(adversarial_accuracy(fun, 1e4, x, y, radius=r, norm=INF, method="fgsm"))
@@ -176,7 +176,7 @@ def test_a_model_that_is_sure_is_attacked_all_the_same():
 
 
 def test_a_flat_start_is_left_by_a_restart():
-    fun = lambda w, x: jnp.stack([jnp.ones(len(x)), 9 * jax.nn.relu(w * x - 0.2)], 1)  # noqa: E731
+    fun = lambda w, x: jnp.stack([jnp.ones(len(x)), 9 * jax.nn.relu(w * x - 0.2)], 1)
     x, y = jnp.zeros(16), jnp.zeros(16, int)
     attack = {"radius": 1.0, "norm": INF, "steps": 3}
     assert adversarial_accuracy(fun, 1.0, x, y, **attack) == 1.0
@@ -187,7 +187,7 @@ def test_a_flat_start_is_left_by_a_restart():
 
 
 def test_answers_that_are_not_finite_are_wrong():
-    fun = lambda w, x: jnp.stack([w / x, 0 * x], axis=1)  # noqa: E731
+    fun = lambda w, x: jnp.stack([w / x, 0 * x], axis=1)
     x, y = jnp.array([0.0, 1.0]), jnp.zeros(2, int)
     assert adversarial_accuracy(fun, 1.0, x, y, radius=0.0, norm=2) == 0.5
     found = noise_accuracy(fun, 1.0, x, y, sigmas=[0.0], samples=1, key=KEY)
@@ -196,10 +196,10 @@ def test_answers_that_are_not_finite_are_wrong():
 
 def test_vmap_over_radii_and_models_and_an_nnx_model():
     graph, params = nnx.split(nnx.Linear(12, 5, rngs=nnx.Rngs(0)))
-    fun = lambda params, x: nnx.merge(graph, params)(x)  # noqa: E731
+    fun = lambda params, x: nnx.merge(graph, params)(x)
     _, x, y = random_linear(3)
     radii = jnp.array([0.0, 0.3, 3.0])
-    attack = lambda p, r: adversarial_accuracy(fun, p, x, y, radius=r, norm=2, steps=2)  # noqa: E731
+    attack = lambda p, r: adversarial_accuracy(fun, p, x, y, radius=r, norm=2, steps=2)
     two = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
     over = jax.jit(jax.vmap(jax.vmap(attack, (None, 0)), (0, None)))(two, radii)
     assert over.shape == (2, 3)
@@ -229,7 +229,7 @@ def test_noise_accuracy_of_a_linear_model():
 
 
 def test_noise_stays_within_the_bounds():
-    fun = lambda w, x: jnp.stack([1 - x, x - w], axis=1)  # noqa: E731
+    fun = lambda w, x: jnp.stack([1 - x, x - w], axis=1)
     x, y = jnp.full(5, 0.2), jnp.zeros(5, int)
     arguments = {"sigmas": jnp.array([100.0]), "samples": 50, "key": KEY}
     assert noise_accuracy(fun, 0.5, x, y, clip_to=(0.0, 0.7), **arguments) == 1.0

@@ -171,7 +171,7 @@ BAD = {"nan": np.nan, "infinite": np.inf, "too long for float32": 1e30}
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_example_counts_as_zero(method, kind, params, batch):
-    cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     params, batch = cast(params), cast(batch)
     bad = {**batch, "y": batch["y"].at[2].set(BAD[kind])}
     fun = jax.jit(clipped_grad(loss, l2_clip_norm=1.0, method=method, return_grad_norms=True))
@@ -209,7 +209,7 @@ def test_no_example_moves_the_sum_further_than_the_sensitivity(params, batch):
 def test_sixteen_bits_are_added_in_float32_in_any_micro_batch(dtype):
     """64 ones and 64 of 2^-8: in bfloat16 itself the small ones would be lost."""
     x = jnp.concatenate([jnp.ones((64, 1)), jnp.full((64, 1), 2.0**-8)]).astype(dtype)
-    fun = lambda w, x: jnp.sum(w * x)  # noqa: E731
+    fun = lambda w, x: jnp.sum(w * x)
     for size in (None, 1, 32):
         grad = clipped_grad(fun, l2_clip_norm=10.0, microbatch_size=size, dtype=jnp.float32)
         found = jax.jit(grad)(jnp.ones(1, dtype), x)
@@ -221,7 +221,7 @@ def test_sixteen_bits_are_added_in_float32_in_any_micro_batch(dtype):
 
 def test_micro_batches_bound_the_memory():
     """The largest array of the jaxpr is that of a micro-batch."""
-    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))
     w, x = jnp.ones((20, 30)), jnp.ones((64, 2, 20))
 
     def largest(size):
@@ -232,7 +232,7 @@ def test_micro_batches_bound_the_memory():
 
 
 def test_gradients_stay_factored():
-    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))
     jaxpr = jax.make_jaxpr(clipped_grad(fun, l2_clip_norm=1.0))(
         jnp.ones((30, 40)), jnp.ones((8, 2, 30))
     )

@@ -133,7 +133,7 @@ def i32(*shape):
 
 def test_an_embedding_is_never_stacked():
     """50,000 x 512 for B = 64 examples of 256 tokens: no B x V x D, no V x V."""
-    loss = lambda table, ids: jnp.sum(jnp.sin(table[ids]))  # noqa: E731
+    loss = lambda table, ids: jnp.sum(jnp.sin(table[ids]))
     b, t, v, d = 64, 256, 50_000, 512
     assert peak(per_example_norms(loss), f32(v, d), i32(b, t)) < 5 * b * t * d * 4
 

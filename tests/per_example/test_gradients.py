@@ -142,7 +142,7 @@ def test_nnx():
 
 
 def carried(w, x):
-    step = lambda c, _: ((c[0] @ c[0], jnp.sin(c[1] @ c[0])), None)  # noqa: E731
+    step = lambda c, _: ((c[0] @ c[0], jnp.sin(c[1] @ c[0])), None)
     return jnp.sum(lax.scan(step, (w, x), length=3)[0][1])
 
 
@@ -271,7 +271,7 @@ def test_bfloat16_parameters_with_a_float32_loss():
 
 
 def test_float32_agrees_to_1e_5():
-    to_32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    to_32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     params, data = to_32(mlp_params(5, 64, 64, 3)), to_32(batch(32))
     found, expected = per_example_norms(mlp)(params, data), stacked_grads(mlp, params, data)
     close(found, jnp.sqrt(sq_norms(expected)), 1e-5)

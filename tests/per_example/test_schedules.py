@@ -67,7 +67,7 @@ def test_options(method):
         strict=True, method=method,
     )(2.0, key, x, w)  # fmt: skip
     keys = jax.random.split(key, 6)
-    one = lambda w, kx: fun(2.0, kx[0], kx[1][None], w)[0]  # noqa: E731
+    one = lambda w, kx: fun(2.0, kx[0], kx[1][None], w)[0]
     grads, squares, _ = oracle(one, clip, w, (keys, x))
     close((found.grads, found.sq_norms), ((grads,), squares), 1e-10)
     assert found.aux.shape == (6, 4)
@@ -78,8 +78,8 @@ def test_no_gradient_flows_through_the_weights(method):
     """As when a clipped gradient is itself differentiated, for instance by a hyperparameter."""
 
     def total(scale):
-        loss = lambda w, x: jnp.sum(x @ w) * scale  # noqa: E731
-        normalise = lambda sq_norms: 1 / jnp.sqrt(sq_norms)  # noqa: E731
+        loss = lambda w, x: jnp.sum(x @ w) * scale
+        normalise = lambda sq_norms: 1 / jnp.sqrt(sq_norms)
         result = reweighted_grad(loss, normalise, method=method)(normal(0, 4), normal(1, 6, 4))
         return jnp.sum(result.grads)
 
@@ -109,7 +109,7 @@ def test_micro_batches_change_nothing(method, size):
 def test_micro_batches_add_in_float32():
     """128 ones and then halves: in bfloat16 the total would stop at 128 or 256."""
     w, x = jnp.zeros((), jnp.bfloat16), jnp.concatenate([jnp.full(128, 2.0), jnp.full(256, 0.5)])
-    fun = lambda w, x: w.astype(jnp.float32) * x  # noqa: E731
+    fun = lambda w, x: w.astype(jnp.float32) * x
     sum_all = reweighted_grad(fun, jnp.ones_like, microbatch_size=1)
     found = sum_all(w, x.astype(jnp.float32)).grads
     assert (found.dtype, float(found)) == (jnp.bfloat16, 384.0)
@@ -179,7 +179,7 @@ def test_auto_takes_one_pass_for_an_mlp():
 
 def test_auto_stacks_few_long_examples():
     """The norm costs as many operations as the gradient itself."""
-    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))
     assert chosen(fun, ones((256, 256)), ones((4, 2048, 256))) == "vmap"
     assert chosen(fun, ones((256, 256)), ones((128, 16, 256))) == "one_pass"
 

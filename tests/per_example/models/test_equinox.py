@@ -13,7 +13,7 @@ def check(build, data):
     params, static = eqx.partition(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
     leaves, tree = jax.tree.flatten(params)
     params = jax.tree.unflatten(tree, [normal(i, *x.shape) for i, x in enumerate(leaves)])
-    loss = lambda p, x: jnp.sum(jnp.sin(eqx.combine(p, static)(x)))  # noqa: E731
+    loss = lambda p, x: jnp.sum(jnp.sin(eqx.combine(p, static)(x)))
     return assert_equals_oracle(loss, params, data)
 
 
@@ -22,7 +22,7 @@ def test_mlp():
 
 
 def test_convolutions_and_norms():
-    layers = lambda: [  # noqa: E731
+    layers = lambda: [
         eqx.nn.Conv2d(4, 4, 3, stride=2, groups=2, key=KEY),
         eqx.nn.GroupNorm(2, 4),
         eqx.nn.ConvTranspose2d(4, 2, 2, key=KEY),

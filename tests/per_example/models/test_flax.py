@@ -20,7 +20,7 @@ def check_linen(model, data, **kwargs):
     leaves, tree = jax.tree.flatten(variables.pop("params"))
     params = jax.tree.unflatten(tree, [normal(i, *x.shape) / 2 for i, x in enumerate(leaves)])
     state = jax.tree.map(lambda x: normal(9, *x.shape), variables)
-    loss = lambda p, x: total(model.apply({"params": p, **state}, x))  # noqa: E731
+    loss = lambda p, x: total(model.apply({"params": p, **state}, x))
     return assert_equals_oracle(loss, params, data, **kwargs)
 
 
@@ -28,7 +28,7 @@ def check_nnx(build, data, **kwargs):
     graph, params, rest = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     params = jax.tree.unflatten(tree, [normal(i, *x.shape) / 2 for i, x in enumerate(leaves)])
-    loss = lambda p, x: total(nnx.merge(graph, p, rest)(x))  # noqa: E731
+    loss = lambda p, x: total(nnx.merge(graph, p, rest)(x))
     return assert_equals_oracle(loss, params, data, **kwargs)
 
 
@@ -46,7 +46,7 @@ class LinenConvs(nn.Module):
 
 class NnxConvs(nnx.Module):
     def __init__(self, rngs):
-        conv = lambda *args, **kwargs: nnx.Conv(*args, rngs=rngs, **kwargs)  # noqa: E731
+        conv = lambda *args, **kwargs: nnx.Conv(*args, rngs=rngs, **kwargs)
         self.first = conv(4, 4, (3, 3), strides=2, feature_group_count=2)
         self.second = conv(4, 4, (2, 2), kernel_dilation=2, padding="SAME")
         self.third = conv(4, 8, (2, 2), feature_group_count=4)

@@ -12,7 +12,7 @@ def convolutions(draw):
     """Any rank, stride, padding, dilation and groups, few or many output channels."""
     rank = draw(st.integers(1, 2))
     groups = draw(st.sampled_from([1, 2, 3]))
-    many = lambda low, high: [draw(st.integers(low, high)) for _ in range(rank)]  # noqa: E731
+    many = lambda low, high: [draw(st.integers(low, high)) for _ in range(rank)]
     return {
         "image": (draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)), *many(3, 5)),
         "kernel": (groups * draw(st.sampled_from([1, 2, 40])), *many(1, 3)),
