@@ -65,10 +65,13 @@ class Costs:
         1.10 (0.8). Each part adds a sum like the parameters to a total, so that large parameters
         are not worth it.
         """
-        held = self.factor_bytes if self.method == "one_pass" else self.stacked_bytes
-        if times * (held + self.residual_bytes) < max(_WORTH_CUTTING, 8 * self.parameter_bytes):
+        held = times * (self.factor_bytes if self.method == "one_pass" else self.stacked_bytes)
+        # Parameters are residuals too, and no more of them with more examples.
+        shared = min(self.parameter_bytes, self.residual_bytes)
+        plain = shared + times * (self.residual_bytes - shared)
+        if held + plain < max(_WORTH_CUTTING, 8 * self.parameter_bytes):
             return 1
-        return max(2, math.ceil(held / max(self.residual_bytes, 1)))
+        return max(2, math.ceil(held / max(plain, 1)))
 
 
 def costs_of(call: Call, forms: Sequence[Form]) -> Costs:

@@ -141,6 +141,14 @@ def test_parts_bring_what_is_held_down_to_a_plain_gradient(factor, residual, par
     assert costs.parts(100) == max(parts, 2)
 
 
+def test_half_a_batch_asks_for_as_many_parts_as_the_whole():
+    """Of the residuals 40 MB are parameters, which a batch twice as large has no more of."""
+    both = {"parameter_bytes": 40 * 10**6, "stacked_bytes": 10**12, "norm_flops": 0}
+    half = Costs(factor_bytes=300 * 10**6, residual_bytes=60 * 10**6, **both)
+    whole = Costs(factor_bytes=600 * 10**6, residual_bytes=80 * 10**6, **both)
+    assert half.parts(2) == whole.parts() == 8
+
+
 @pytest.mark.parametrize(
     ("count", "parts", "size"), [(8, 1, None), (8, 2, 4), (9, 2, 3), (12, 5, 2), (13, 2, None)]
 )
