@@ -7,7 +7,10 @@ All steps run in one process in a new random order every round; quoted is the me
 of time / time in that round. The first table is relative to a plain gradient and Adam, with
 jax-privacy's `clipped_grad` at its best micro-batch next to it, if it is installed. The second is
 relative to `clip_per_example`; a blank is a stack of gradients beyond 1 GB. Prints markdown; writes
-JSON with `--json`.
+JSON with `--json`, and `--markdown` writes the documentation's page; with `--rows` from what was
+measured before:
+
+    python benchmarks/aggregators.py --rows out/rows.json --markdown docs/aggregators_cost.md
 """
 
 import argparse
@@ -55,29 +58,65 @@ STACKED = ("coordinate_median", "coordinate_trimmed_mean")
 MOST_BYTES = 2**30
 
 
+PAGE = """# What aggregators cost
+
+Time of a training step, gradient and Adam included, with each example's gradient clipped, relative
+to one with a plain gradient; jax-privacy's `clipped_grad` at the fastest of its micro-batch sizes,
+which stands in brackets:
+
+{steps}
+
+A step with each aggregator relative to one with `clip_per_example`. A blank is a stack of gradients
+beyond 1 GB, which is not measured:
+
+{aggregators}
+
+{machine}. {noise} Medians over interleaved rounds. The language model has 2 layers of width 128.
+
+`centered_clip` and `geometric_median` take norms of differences, one or more times a step, so that
+they go through the factors again. `coordinate_median` and `coordinate_trimmed_mean` sort the
+gradients, which have to be stacked for it.
+
+This page is written by `benchmarks/aggregators.py --markdown`.
+"""
+
+
 def main() -> None:
-    """Measures every model and prints the two tables."""
+    """Measures every model, or reads what was measured, and prints the two tables."""
     args = _arguments()
-    found = {model: measure(MODELS[model](), args.rounds) for model in args.models}
-    print(f"| a step of | {' | '.join(args.models)} |")
-    print(f"| --- |{' ---: |' * len(args.models)}")
-    for name, label in ((PLAIN, "grad + Adam"), (FLAT, "per_example_grad + clip + Adam")):
-        print(_row(label, [row["over plain"][name] for row in found.values()]))
-    if privacy_clipped_grad is not None:
-        cells = [_best_privacy(row["over plain"]) for row in found.values()]
-        label = "jax-privacy + Adam (its best micro-batch)"
-        print(f"| {label} | {' | '.join(f'{t:.2f}x ({size})' for t, size in cells)} |")
-    print(f"\n| over {FLAT} | {' | '.join(args.models)} |")
-    print(f"| --- |{' ---: |' * len(args.models)}")
-    for name in AGGREGATORS:
-        if name != FLAT:
-            print(_row(name, [row["over flat"].get(name) for row in found.values()]))
-    noise = [row["over plain"][AGAIN] for row in found.values()]
-    print(f"\n{machine()}")
-    print(f"The plain step against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x.")
+    if args.rows:
+        parts = [json.loads(path.read_text()) for path in args.rows]
+        found = parts[0] | {"models": {k: v for part in parts for k, v in part["models"].items()}}
+    else:
+        models = {model: measure(MODELS[model](), args.rounds) for model in args.models}
+        found = {"machine": machine(), "models": models}
+    steps, aggregators = _tables(found["models"])
+    noise = [row["over plain"][AGAIN] for row in found["models"].values()]
+    noise = f"The plain step against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x."
+    print(f"{steps}\n\n{aggregators}\n\n{found['machine']}\n{noise}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), "models": found}, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(
+            PAGE.format(steps=steps, aggregators=aggregators, machine=found["machine"], noise=noise)
+        )
+
+
+def _tables(found: dict[str, dict]) -> tuple[str, str]:
+    head = f"{' | '.join(found)} |\n| --- |{' ---: |' * len(found)}"
+    steps = [f"| a step of | {head}"]
+    for name, label in ((PLAIN, "grad + Adam"), (FLAT, "per_example_grad + clip + Adam")):
+        steps.append(_row(label, [row["over plain"][name] for row in found.values()]))
+    best = [_best_privacy(row["over plain"]) for row in found.values()]
+    if None not in best:
+        cells = (f"{time:.2f}x ({size})" for time, size in best)
+        steps.append(f"| jax-privacy + Adam (its best micro-batch) | {' | '.join(cells)} |")
+    aggregators = [f"| over {FLAT} | {head}"]
+    for name in AGGREGATORS:
+        if name != FLAT:
+            aggregators.append(_row(name, [row["over flat"].get(name) for row in found.values()]))
+    return "\n".join(steps), "\n".join(aggregators)
 
 
 def measure(work: models.Workload, rounds: int) -> dict[str, dict[str, float]]:
@@ -130,8 +169,10 @@ def _step(grad: Callable, tx: Any) -> tuple[Callable, Callable]:
     return tx.init, step
 
 
-def _best_privacy(over_plain: dict[str, float]) -> tuple[float, str]:
-    return min((t, n.split()[-1]) for n, t in over_plain.items() if n.startswith(PRIVACY))
+def _best_privacy(over_plain: dict[str, float]) -> Any:
+    """Time and micro-batch; None without jax-privacy."""
+    found = [(t, n.split()[-1]) for n, t in over_plain.items() if n.startswith(PRIVACY)]
+    return min(found, default=None)
 
 
 def _row(label: str, cells: list[float | None]) -> str:
@@ -144,6 +185,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", help="take the figures of these JSONs, measure nothing"
+    )
+    parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     args = parser.parse_args()
     args.models = list(QUICK) if args.quick else args.models
     return args

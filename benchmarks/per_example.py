@@ -11,7 +11,10 @@ over rounds of time / time of the plain gradient in that round. Temporary memory
 "auto" also picks the micro-batch; the named methods take the batch whole. jax-privacy runs at the
 micro-batch sizes 1, 4, 8, 16 and none; its best time is shown, if it is installed. `--crossover`
 cuts one number of tokens into sequences of different lengths, and shows which method is faster
-and which one "auto" takes. Prints markdown; writes JSON with `--json`.
+and which one "auto" takes. Prints markdown; writes JSON with `--json`, and `--markdown` writes the
+documentation's page; with `--rows` from rows measured before:
+
+    python benchmarks/per_example.py --rows out/rows.json --markdown docs/per_example_cost.md
 """
 
 import argparse
@@ -62,35 +65,68 @@ QUICK = ("MLP B=256", "LM B=32 T=64", "LM B=16 T=128 tied")
 METHODS = ("auto", "one_pass", "two_pass", "vmap")
 MICROBATCHES = (1, 4, 8, 16, None)
 PLAIN, AGAIN = "plain", "plain again"
+COLUMNS = (
+    "model", *METHODS, "jax-privacy (micro-batch)", "memory: auto", "one_pass", "vmap",
+    "compile: auto",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n| --- | {' | '.join(['---:'] * (len(COLUMNS) - 1))} |"
+
+PAGE = """# What clipping each example costs
+
+Time of a gradient whose examples are clipped one by one (`reweighted_grad`) relative to the plain
+gradient of the summed loss: with the schedule and the micro-batch that `"auto"` picks, then each
+schedule over the whole batch, then jax-privacy's `clipped_grad` at the fastest of its micro-batch
+sizes, which stands in brackets. After it temporary memory, by XLA's figure, and the time to trace
+and compile, relative to the plain gradient's too. B is the number of examples, T the length of a
+sequence.
+
+{table}
+
+{machine}. {noise} Medians over interleaved rounds.
+
+`one_pass` holds the cotangents of every layer until the norms are known, where a plain gradient
+drops each once it is used. `"auto"` makes up for that by taking a part of the batch at a time,
+where that is worth it; a plain gradient taken in parts would gain as well. `two_pass` goes backward
+a second time instead of keeping the factors. `vmap` stacks the gradients, which is best for few
+long examples. With remat ("scanned, remat") what the norms need is kept, so that a part of what
+remat saves is lost. The parameters of the MLP are large beside its activations, so that its batch
+is not cut; a plain gradient holds {mlp_memory:.0f} MB there.
+
+A whole step, with Adam, and other aggregators than `clip_per_example`:
+[What aggregators cost](aggregators_cost.md).
+
+This page is written by `benchmarks/per_example.py --markdown`.
+"""
 
 
 def main() -> None:
-    """Measures every model and prints the table."""
+    """Measures every model, or reads what was measured, and prints the table."""
     args = _arguments()
     if args.crossover:
         crossover(args.preset, args.rounds)
         return
-    rows = []
-    columns = [
-        "model",
-        *METHODS,
-        "jax-privacy (micro-batch)",
-        "memory: auto",
-        "vmap",
-        "compile: auto",
-    ]
-    print(f"| {' | '.join(columns)} |")
-    print(f"| --- | {' | '.join(['---:'] * (len(columns) - 1))} |", flush=True)
-    for model in args.models:
-        row = measure(model, PRESETS[args.preset][model](), args.rounds)
-        rows.append(row)
-        print(_markdown(row), flush=True)
-    print(f"\n{machine()}")
+    print(HEAD, flush=True)
+    if args.rows:
+        found = json.loads(args.rows.read_text())
+        print(*map(_markdown, found["rows"]), sep="\n")
+    else:
+        found = {"machine": machine(), "rows": []}
+        for model in args.models:
+            row = measure(model, PRESETS[args.preset][model](), args.rounds)
+            found["rows"].append(row)
+            print(_markdown(row), flush=True)
+    rows = found["rows"]
     noise = [row["time"][AGAIN] for row in rows]
-    print(f"The plain gradient against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x.")
+    noise = f"The plain gradient against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x."
+    print(f"\n{found['machine']}\n{noise}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        table = "\n".join([HEAD, *map(_markdown, rows)])
+        mlp = rows[0]["plain_memory_mb"]
+        page = PAGE.format(table=table, machine=found["machine"], noise=noise, mlp_memory=mlp)
+        args.markdown.write_text(page)
 
 
 def crossover(preset: str, rounds: int) -> None:
@@ -173,7 +209,7 @@ def _markdown(row: dict[str, Any]) -> str:
         row["model"],
         *(f"{row['time'][method]:.2f}x" for method in METHODS),
         "" if best is None else f"{best[0]:.2f}x ({best[1].split()[-1]})",
-        *(f"{row['memory'][method]:.2f}x" for method in ("auto", "vmap")),
+        *(f"{row['memory'][method]:.2f}x" for method in ("auto", "one_pass", "vmap")),
         f"{row['compile']['auto']:.1f}x",
     ]
     return f"| {' | '.join(cells)} |"
@@ -187,6 +223,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--crossover", action="store_true", help="where one method overtakes")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--rows", type=Path, help="take the rows of this JSON, measure nothing")
+    parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     args = parser.parse_args()
     known = PRESETS[args.preset]
     args.models = args.models or (list(QUICK) if args.quick else list(known))
