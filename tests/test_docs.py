@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import itertools
 import re
 import tempfile
 import urllib.parse
+from pathlib import Path
 
 import pytest
 from pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
@@ -60,15 +62,47 @@ def test_readme_begins_with_a_short_block():
     assert len(blocks(README)[0].code.strip().splitlines()) <= 15
 
 
-def test_readme_mentions_every_public_name():
-    text = README.read_text()
+def test_guides_mention_every_public_name():
+    """Where one may find it who does not know what to look for."""
+    elsewhere = {*(ROOT / "docs" / "api").glob("*.md"), ROOT / "docs" / "errors.md"}
+    text = "".join(page.read_text() for page in PAGES if page not in elsewhere)
     assert [name for name in public() if name not in text and not is_state(name)] == []
+
+
+def test_readme_quotes_the_measured_tables():
+    """The tables themselves are written by the benchmarks."""
+    steps = table(ROOT / "docs" / "step_overhead.md", "clipper")
+    quoted = table(README, "clipper")
+    trees = list(next(iter(quoted.values())))
+    assert len(quoted) > 3
+    assert quoted == {name: {tree: steps[name][tree] for tree in trees} for name in quoted}
+    rows = table(ROOT / "docs" / "per_example_cost.md", "model").values()
+    for column in ("auto", "jax-privacy (micro-batch)"):
+        times = [float(row[column].partition("x")[0]) for row in rows]
+        assert f"{min(times):.2f} to {max(times):.2f} times" in README.read_text()
 
 
 def test_reference_describes_every_public_name():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     described = set(re.findall(r"^\.\. auto\w+:: (\w+)$", pages, flags=re.MULTILINE))
     assert [name for name in public() if name not in described] == []
+
+
+def table(page: Path, corner: str) -> dict[str, dict[str, str]]:
+    """The first table with `corner` in its head: row by row, the cells by column."""
+    lines = page.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"| {corner} |"))
+    head = cells(lines[at])[1:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[at + 2 :])
+    found = {}
+    for row in rows:
+        name, *values = cells(row)
+        found[name] = dict(reversed([*zip(head, values, strict=True)]))  # the first of one name
+    return found
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def public() -> list[str]:
