@@ -20,12 +20,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import optax
 
+from optaxclip._arguments import check_between, check_bound, check_count
 from optaxclip.clipping import NonFinite, clip_by
 from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
-from optaxclip.learning import AtMost, Learned, check_count
+from optaxclip.learning import AtMost, Learned
 from optaxclip.norms import AxisName, By, Norm
 from optaxclip.responses import Response
-from optaxclip.thresholds import Threshold, check_between, check_bound
+from optaxclip.thresholds import Threshold
 
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
 Mode = Literal["zscore", "mean", "percentile"]

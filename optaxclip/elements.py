@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip.history import RootMeanSquare
-from optaxclip.learning import Learned, LearnedState, check_count
+from optaxclip.learning import Learned, LearnedState
 from optaxclip.norms import Bundles, Norm
 from optaxclip.thresholds import Context, ElementBounds
 

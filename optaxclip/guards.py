@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Tree
 from optaxclip.history import Percentile, WindowMoments
-from optaxclip.learning import Learned, check_count
+from optaxclip.learning import Learned
 from optaxclip.norms import AxisName, Norm
-from optaxclip.thresholds import Context, Given, Threshold, check_bound
+from optaxclip.thresholds import Context, Given, Threshold
 
 OutlierRule = Literal["fixed", "window", "quantile"]
 

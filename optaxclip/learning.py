@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip.norms import Bundles, Norm
 from optaxclip.thresholds import Context, Threshold
@@ -197,19 +197,6 @@ class AtMost:
 def push(rows: jax.Array, row: jax.Array) -> jax.Array:
     """The rows without the first, and the new one after the last."""
     return jnp.concatenate([rows[1:], row[None]])
-
-
-def check_count(value: Any, argument: str) -> None:
-    """Raises unless `value` is a whole number >= 1 that is known when the clipper is made."""
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"{argument} must be static, got {value}. With optax.inject_hyperparams, pass"
-            f" static_args=('{argument}',)."
-        )
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{argument} must be a whole number, got {value!r}. Pass for example 25.")
-    if value < 1:
-        raise ValueError(f"{argument} must be >= 1, got {value}. Pass 1 or more.")
 
 
 def _median(rows: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from optaxclip.thresholds import check_bound
+from optaxclip._arguments import check_bound
 
 
 @runtime_checkable

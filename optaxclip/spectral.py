@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optaxclip import _polar
+from optaxclip._arguments import check_count
 from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip._statistics import check_same_groups, empty_stats, record
 from optaxclip.clipping import ClipState, NonFinite, scale_leaf
-from optaxclip.learning import check_count
 from optaxclip.norms import Norm
 from optaxclip.responses import Rescale, Response, Soften
 from optaxclip.thresholds import Context, as_threshold, non_negative

@@ -5,14 +5,14 @@ They share the safeguards of `adaptive`, steered by `relearn_after` as there.
 
 from typing import Any
 
-from optaxclip.adaptive import Transform, check_between, clip_learned
+from optaxclip._arguments import check_between, check_bound
+from optaxclip.adaptive import Transform, clip_learned
 from optaxclip.clipping import NonFinite, clip_by
 from optaxclip.elements import Moments, Shares
 from optaxclip.history import MovingMean
 from optaxclip.learning import Learned
 from optaxclip.norms import AxisName, By, Norm
 from optaxclip.responses import ShrinkAlike
-from optaxclip.thresholds import check_bound
 
 
 def spam_clip(

@@ -5,15 +5,13 @@ shape, so that bounds can be learned from history.
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from optaxclip._arguments import check_bound
 from optaxclip._leaves import Leaves, Tree
 from optaxclip.norms import Bundles, Layout, Norm
 
@@ -182,34 +180,6 @@ def non_negative(bounds: Bundles) -> Bundles:
     """Each bound or 0; NaN stays. One bound for all stays one array."""
     clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
     return tuple(clamped[id(bound)] for bound in bounds)
-
-
-def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
-    """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
-    if (schedule and callable(value)) or isinstance(value, jax.Array | np.ndarray):
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{argument} must be a number{', a schedule' if schedule else ''} or a scalar array,"
-            f" got {value!r}. Pass for example 1.0{' or optax.linear_schedule' * schedule}."
-        )
-    number = float(value)
-    if math.isnan(number) or number < 0:
-        raise ValueError(
-            f"{argument} must be >= 0, got {value!r}. Pass 0 or more; float('inf') never clips."
-        )
-
-
-def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
-    """Raises unless a number lies from `low` to `high`; an array is taken as it is."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return check_bound(value, argument, schedule=False)
-    if not low <= float(value) <= high or (value == high and not last):
-        raise ValueError(
-            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
-            f" Pass for example {(low + 9 * high) / 10:g}."
-        )
-    return None
 
 
 def _first_difference(params: Leaves, updates: Leaves) -> str:

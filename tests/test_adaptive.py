@@ -149,15 +149,15 @@ def test_only_the_first_argument_is_positional(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optaxclip.autoclip(101), r"percentile must be from 0 to 100, got 101\. Pass"),
+        (lambda: optaxclip.autoclip(101), r"percentile must be in \[0, 100\], got 101\. Pass"),
         (lambda: optaxclip.autoclip(window=0), r"window must be >= 1, got 0"),
-        (lambda: optaxclip.zclip(decay=1.0), r"decay must be from 0 to 1, below it, got 1\.0"),
+        (lambda: optaxclip.zclip(decay=1.0), r"decay must be in \[0, 1\), got 1\.0"),
         (lambda: optaxclip.zclip(-1.0), r"z_threshold must be >= 0, got -1\.0"),
         (lambda: optaxclip.zclip(mode="z"), r"unknown mode, got 'z'\. Use one of"),
         (lambda: optaxclip.zclip(relearn_after=24), r"relearn_after must be >= 25, .*got 24"),
         (lambda: optaxclip.adagc(max_norm=-2), r"max_norm must be >= 0, got -2"),
         (lambda: optaxclip.clip_by_history(relearn_after=0), r"relearn_after must be >= 1, got 0"),
-        (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be from 0 to 1, got 1\.5"),
+        (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be in \[0, 1\], got 1\.5"),
     ],
 )
 def test_arguments_out_of_range(make, message):

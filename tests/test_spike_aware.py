@@ -181,10 +181,10 @@ def test_a_state_of_another_tree(relearn_after):
     ("make", "message"),
     [
         (lambda: optaxclip.spam_clip(-1.0), r"theta must be >= 0, got -1\.0"),
-        (lambda: optaxclip.spam_clip(decay=1.0), r"decay must be from 0 to 1, below it, got 1\.0"),
+        (lambda: optaxclip.spam_clip(decay=1.0), r"decay must be in \[0, 1\), got 1\.0"),
         (lambda: optaxclip.spam_clip(relearn_after=3), r"relearn_after must be >= 25, .*got 3"),
         (lambda: optaxclip.spam_clip(warmup=0, relearn_after=None), r"warmup must be >= 1, got 0"),
-        (lambda: optaxclip.adaclip(1.5), r"decay must be from 0 to 1, below it, got 1\.5"),
+        (lambda: optaxclip.adaclip(1.5), r"decay must be in \[0, 1\), got 1\.5"),
         (lambda: optaxclip.adaclip(by="rows"), r"unknown norm, got 'rows'"),
     ],
 )
