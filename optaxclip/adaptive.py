@@ -16,20 +16,15 @@ zero, NaN or infinite are still not learned from. All take `by=` (`"global"`, `"
 float32.
 """
 
-from typing import Any, Literal, TypeAlias, get_args
-
-import optax
+from typing import Any, get_args
 
 from optaxclip._arguments import check_between, check_bound, check_count
-from optaxclip.clipping import NonFinite, clip_by
-from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
+from optaxclip.clipping import NonFinite, Transform, clip_by
+from optaxclip.history import Mode, Percentile, Quantile, Ratio, WindowMoments, ZScore
 from optaxclip.learning import AtMost, Learned
 from optaxclip.norms import AxisName, By, Norm
 from optaxclip.responses import Response
 from optaxclip.thresholds import Threshold
-
-Transform: TypeAlias = optax.GradientTransformationExtraArgs
-Mode = Literal["zscore", "mean", "percentile"]
 
 
 def autoclip(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from optaxclip.thresholds import (
 )
 
 NonFinite = Literal["propagate", "zero"]
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
 _SCALARS = [k for k in ClipStats._fields if k not in ("groups", "examples")]
 
@@ -58,7 +59,7 @@ def clip_by(
     nonfinite: NonFinite = "propagate",
     stats: bool = True,
     name: str | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transform:
     """A clipper from its three parts: what is measured, how large it may be, what then.
 
     `u = factor(n, c) * g` for each group of leaves, with n its norm and c its bound.

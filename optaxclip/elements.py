@@ -90,7 +90,7 @@ class Shares:
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class SecondMoments:
     """`sqrt(theta v)` of each element, v the moving average of its clipped square: as published.
 
     No element is bounded for `warmup` steps, nor while its v is 0.

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from optaxclip.learning import push
 
+Mode = Literal["zscore", "mean", "percentile"]
+
 
 class Window(NamedTuple):
     """The last norms, inf where there is none yet; arrays [window, size]."""
@@ -96,7 +98,7 @@ class WindowMoments:
         return push(memory, norms)
 
 
-class Moments(NamedTuple):
+class MeanAndStd(NamedTuple):
     """Moving averages; arrays [size]."""
 
     mean: jax.Array
@@ -109,19 +111,19 @@ class ZScore:
 
     z_threshold: Any
     decay: Any
-    mode: Literal["zscore", "mean", "percentile"]
+    mode: Mode
     robust: bool
 
-    def init(self, size: int) -> Moments:
-        return Moments(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
+    def init(self, size: int) -> MeanAndStd:
+        return MeanAndStd(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
 
-    def seed(self, recent: jax.Array) -> Moments:
-        return Moments(*_moments(recent))
+    def seed(self, recent: jax.Array) -> MeanAndStd:
+        return MeanAndStd(*_moments(recent))
 
     def early(self, norms: jax.Array) -> jax.Array:
         return jnp.full_like(norms, jnp.inf)
 
-    def bound(self, memory: Moments, norms: jax.Array) -> jax.Array:
+    def bound(self, memory: MeanAndStd, norms: jax.Array) -> jax.Array:
         mean, std = memory
         if self.robust:
             std = spread = jnp.maximum(std, _floor(mean, self.robust))
@@ -137,11 +139,11 @@ class ZScore:
         # Within the limit any bound will do that the norm does not exceed.
         return jnp.where(beyond, answer, jnp.maximum(limit, norms))
 
-    def update(self, memory: Moments, norms: jax.Array, bounds: jax.Array) -> Moments:
+    def update(self, memory: MeanAndStd, norms: jax.Array, bounds: jax.Array) -> MeanAndStd:
         clipped = jnp.minimum(norms, bounds)
         mean = self.decay * memory.mean + (1 - self.decay) * clipped
         old, new = jnp.sqrt(self.decay), jnp.sqrt(1 - self.decay)
-        return Moments(mean, jnp.hypot(old * memory.std, new * (clipped - mean)))
+        return MeanAndStd(mean, jnp.hypot(old * memory.std, new * (clipped - mean)))
 
 
 @dataclasses.dataclass(frozen=True)

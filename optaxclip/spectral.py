@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,13 @@ from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip._statistics import check_same_groups, empty_stats, record
-from optaxclip.clipping import ClipState, NonFinite, scale_leaf
+from optaxclip.clipping import ClipState, NonFinite, Transform, scale_leaf
 from optaxclip.norms import Norm
 from optaxclip.responses import Rescale, Response, Soften
 from optaxclip.thresholds import Context, as_threshold, non_negative
 from optaxclip.unit_axes import UnitAxes, resolve
 
 Method = Literal["newton_schulz", "svd"]
-Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def clip_singular_values(

@@ -6,9 +6,9 @@ They share the safeguards of `adaptive`, steered by `relearn_after` as there.
 from typing import Any
 
 from optaxclip._arguments import check_between, check_bound
-from optaxclip.adaptive import Transform, clip_learned
-from optaxclip.clipping import NonFinite, clip_by
-from optaxclip.elements import Moments, Shares
+from optaxclip.adaptive import clip_learned
+from optaxclip.clipping import NonFinite, Transform, clip_by
+from optaxclip.elements import SecondMoments, Shares
 from optaxclip.history import MovingMean
 from optaxclip.learning import Learned
 from optaxclip.norms import AxisName, By, Norm
@@ -87,7 +87,7 @@ def spam_clip(
     check_bound(theta, "theta", schedule=False)
     check_between(decay, "decay", 0, 1, last=False)
     if relearn_after is None:
-        threshold: Any = Moments(theta, decay, warmup)
+        threshold: Any = SecondMoments(theta, decay, warmup)
     else:
         threshold = Shares(theta, decay, warmup, relearn_after)
     norm = Norm("element", axis_name=axis_name)

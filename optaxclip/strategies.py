@@ -5,18 +5,14 @@ from the types by default) and `name=` (for `clip_stats`); see `clip_by` and `No
 guarantees and edge cases hold for each.
 """
 
-from typing import Any, Literal, TypeAlias
-
-import optax
+from typing import Any
 
 from optaxclip._leaves import LeafFn, Tree
-from optaxclip.clipping import NonFinite, clip_by
+from optaxclip.clipping import NonFinite, Transform, clip_by
 from optaxclip.norms import L2, AxisName, Norm
-from optaxclip.responses import Normalize, Rescale, Soften
+from optaxclip.responses import Normalize, Rescale, Soften, SoftShape
 from optaxclip.thresholds import ParamNorm, as_threshold
 from optaxclip.unit_axes import UnitAxes
-
-Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def clip_by_value(
@@ -365,7 +361,7 @@ def normalize(
 def soft_clip(
     max_norm: Any,
     *,
-    shape: Literal["rational", "sqrt", "tanh"] = "rational",
+    shape: SoftShape = "rational",
     elementwise: bool = False,
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,
