@@ -49,7 +49,8 @@ class Percentile:
         rows = memory.ordered if self.robust else self._insert(memory, norms)
         filled = jnp.sum(jnp.isfinite(rows), axis=0)
         last = jnp.maximum(filled - 1, 0).astype(jnp.float32)
-        at = jnp.asarray(self.percentile, jnp.float32) / 100 * last
+        # A traced percentile beyond the ends counts as the end: past it there is no norm to read.
+        at = jnp.clip(jnp.asarray(self.percentile, jnp.float32) / 100 * last, 0.0, last)
         low = jnp.floor(at)
         places = jnp.stack([low, jnp.minimum(low + 1, last)]).astype(jnp.int32)
         below, above = jnp.take_along_axis(rows, places, axis=0)
@@ -161,7 +162,12 @@ class Ratio:
     def seed(self, recent: jax.Array) -> jax.Array:
         if self.robust:
             return jnp.mean(recent, axis=0)
-        return jnp.min(jax.vmap(lambda n: jnp.minimum(n, self.early(n)))(recent), axis=0)
+
+        def clipped(norms: jax.Array) -> jax.Array:
+            # A leaf without a norm yet, inf here, added nothing to the length of the whole.
+            return jnp.minimum(norms, self.early(jnp.where(jnp.isfinite(norms), norms, 0.0)))
+
+        return jnp.min(jax.vmap(clipped)(recent), axis=0)
 
     def early(self, norms: jax.Array) -> jax.Array:
         """All norms scaled alike, so that together they are at most `max_norm`."""
