@@ -9,7 +9,7 @@ import optax
 from optaxclip._arguments import check_at_least, check_between, check_bound, check_count
 from optaxclip._leaves import Tree
 from optaxclip.history import Percentile, WindowMoments
-from optaxclip.learning import Learned
+from optaxclip.learning import Learned, RelearnAfter, relearn_after_of
 from optaxclip.norms import AxisName, Norm
 from optaxclip.thresholds import Context, Given, Threshold
 
@@ -128,7 +128,7 @@ def skip_outliers(
     quantile: Any = 0.99,
     factor: Any = 2.0,
     window: int = 128,
-    relearn_after: int | None = 64,
+    relearn_after: RelearnAfter = "auto",
     max_consecutive: int | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,9 +146,10 @@ def skip_outliers(
       num_stds: k >= 0 for `"window"`.
       quantile: q in [0, 1] for `"quantile"`.
       factor: >= 1, for `"quantile"`: without it every (1 - q)-th step would be skipped.
-      window: how many past norms count; the first half are a warm-up. Static.
+      window: how many past norms count, >= 1; the first half are a warm-up. Static.
       relearn_after: >= window // 2: after so many skipped steps in a row the norm has changed
-        for good and c is learned anew from the last `window // 2` norms. None: never. Static.
+        for good and c is learned anew from the last `window // 2` norms. `"auto"`: 64, or
+        `window // 2` if that is more. None: never. Static.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
         `raise_if_stuck` in the host loop. None: never. Static.
       axis_name: mesh axes to decide over, as in `Norm`. Devices decide alike.
@@ -232,7 +233,7 @@ def _outlier_threshold(
     quantile: Any,
     factor: Any,
     window: int,
-    relearn_after: int | None,
+    relearn_after: RelearnAfter,
 ) -> Threshold:
     if rule not in get_args(OutlierRule):
         raise ValueError(f"unknown rule, got {rule!r}. Use one of {get_args(OutlierRule)}.")
@@ -247,12 +248,14 @@ def _outlier_threshold(
     check_between(quantile, "quantile", 0, 1)
     check_at_least(factor, "factor", 1)
     check_count(window, "window")
+    warmup = max(window // 2, 1)
+    relearn_after = relearn_after_of(relearn_after, 64, warmup)
     robust = relearn_after is not None
     if rule == "window":
         memory: Any = WindowMoments(num_stds, window, robust)
     else:
         memory = Percentile(100 * quantile, window, True, factor)
-    return Learned(memory, max(window // 2, 1), relearn_after, outliers_count=False)
+    return Learned(memory, warmup, relearn_after, outliers_count=False)
 
 
 def _count(

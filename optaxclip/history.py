@@ -249,7 +249,7 @@ class RootMeanSquare:
 
 @dataclasses.dataclass(frozen=True)
 class Quantile:
-    """`C exp(-eta (1[n <= C] - q))`: one number that finds the q-th quantile."""
+    """`C <- C exp(-eta (1[n <= C] - q))`: one number that finds the q-th quantile."""
 
     quantile: Any
     step_size: Any

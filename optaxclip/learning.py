@@ -7,7 +7,7 @@ in the order of `Layout.names`: what a machine handles together is not in the st
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from optaxclip.thresholds import Context, Threshold
 # A norm counts for at most this many times its bound, and in the warm-up this many times the
 # median is the bound: steady norms stay well within, and one spike moves no statistic far.
 _OUTLIER = 2.0
+
+RelearnAfter = int | Literal["auto"] | None
 
 
 class Rule(Protocol):
@@ -95,7 +97,8 @@ class Learned:
         if self.relearn_after < self.warmup:
             raise ValueError(
                 f"relearn_after must be >= {self.warmup}, the number of norms it learns from,"
-                f" got {self.relearn_after}. Pass more, or None for the published rule."
+                f" got {self.relearn_after}. Pass more, a shorter warm-up (warmup=, or window= "
+                "where half of it is one), or None for the published rule."
             )
 
     def init(self, norm: Norm, params: Tree) -> LearnedState:
@@ -124,7 +127,7 @@ class Learned:
                 f"a bound learned from past norms needs one norm a step, got {norms[0].shape[-1]},"
                 " one for each example. Pass example_quantile to clip_per_example."
             )
-        # The bound is a constant to differentiation, as it is on every step but this.
+        # The bound is a constant to differentiation, also where the present norm counts in it.
         n = jax.lax.stop_gradient(layout.vector(norms))
         telling = jnp.isfinite(n) & (n > 0)
         n = jnp.where(telling, n, 0.0)
@@ -192,6 +195,19 @@ class AtMost:
         bounds, state = self.threshold.bound(norms, state, context)
         ceiling = self.ceiling(context.count) if callable(self.ceiling) else self.ceiling
         return tuple(jnp.minimum(c, jnp.asarray(ceiling).astype(c.dtype)) for c in bounds), state
+
+
+def relearn_after_of(value: RelearnAfter, usual: int, warmup: Any) -> int | None:
+    """The number that `relearn_after` stands for: "auto" is `usual`, or a longer warm-up's."""
+    check_count(warmup, "warmup")
+    if not isinstance(value, str):
+        return value
+    if value != "auto":
+        raise ValueError(
+            f'relearn_after must be "auto", a whole number or None, got {value!r}. Pass for example'
+            f" {max(usual, warmup)}."
+        )
+    return max(usual, warmup)
 
 
 def push(rows: jax.Array, row: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optaxclip
+from optaxclip.learning import relearn_after_of
 from optaxclip.testing import multipliers
 
 INF = float("inf")
@@ -168,14 +169,45 @@ def test_only_the_first_argument_is_positional(name):
         (lambda: optaxclip.zclip(-1.0), r"z_threshold must be >= 0, got -1\.0"),
         (lambda: optaxclip.zclip(mode="z"), r"unknown mode, got 'z'\. Use one of"),
         (lambda: optaxclip.zclip(relearn_after=24), r"relearn_after must be >= 25, .*got 24"),
+        (lambda: optaxclip.zclip(relearn_after="never"), r"\"auto\", a whole number.*got 'never'"),
         (lambda: optaxclip.adagc(max_norm=-2), r"max_norm must be >= 0, got -2"),
         (lambda: optaxclip.clip_by_history(relearn_after=0), r"relearn_after must be >= 1, got 0"),
+        (lambda: optaxclip.clip_by_history(window=1), r"window must be >= 2, got 1\. Pass 2 or"),
+        (lambda: optaxclip.clip_by_quantile(init=0), r"init must be > 0, got 0\. Pass for"),
+        (lambda: optaxclip.clip_by_quantile(step_size=0.0), r"step_size must be > 0, got 0\.0"),
+        (
+            lambda: optaxclip.zclip(by=optaxclip.Norm("leaf"), axis_name="data"),
+            r"part of a Norm, got axis_name='data' beside one\. Pass it inside: by=Norm\(\.\.\.",
+        ),
         (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be in \[0, 1\], got 1\.5"),
     ],
 )
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("value", "usual", "warmup", "expected"),
+    [("auto", 25, 4, 25), ("auto", 25, 50, 50), (30, 25, 4, 30), (None, 25, 50, None)],
+)
+def test_relearn_after_follows_a_longer_warm_up(value, usual, warmup, expected):
+    assert relearn_after_of(value, usual, warmup) == expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optaxclip.clip_by_history(window=256),
+        lambda: optaxclip.skip_outliers(optax.identity(), window=256),
+        lambda: optaxclip.zclip(warmup=50),
+        lambda: optaxclip.adagc(warmup=200),
+        lambda: optaxclip.spam_clip(warmup=50),
+        lambda: optaxclip.adaclip(warmup=50),
+    ],
+)
+def test_a_longer_warm_up_needs_no_other_argument(make):
+    jax.eval_shape(make().init, [jnp.ones(2)])
 
 
 def test_arguments_of_the_wrong_kind():
