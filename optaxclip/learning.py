@@ -117,8 +117,9 @@ class Learned:
         if state.seen.shape != (layout.size,):
             raise ValueError(
                 f"updates must have the norms that init saw, got {layout.size} for"
-                f" {state.seen.shape[0]}. Call init with the tree the gradient is taken for, and"
-                " inside shard_map with what one device holds."
+                f" {state.seen.shape[0]}, of the leaves {context.updates.sketch()}. Call init with"
+                " the tree the gradient is taken for, and inside shard_map with what one device"
+                " holds."
             )
         if not norms:
             return norms, state

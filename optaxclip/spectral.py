@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from optaxclip import _polar
 from optaxclip._arguments import check_count
 from optaxclip._compat import explicit_sharding, varying_axes
-from optaxclip._leaves import Tree
+from optaxclip._leaves import Tree, place
 from optaxclip._reductions import accumulator
 from optaxclip._statistics import check_same_groups, empty_stats, record
 from optaxclip.clipping import ClipState, NonFinite, Transform, scale_leaf
@@ -215,6 +215,6 @@ def _kept(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 def _check_whole(path: str, x: jax.Array) -> None:
     if varying := varying_axes(x):
         raise ValueError(
-            f"singular values need whole matrices, got {path} of local shape {x.shape}, sharded"
-            f" over {varying}. Clip outside jax.shard_map, under jit."
+            f"singular values need whole matrices, got {place(path)} of local shape {x.shape},"
+            f" sharded over {varying}. Clip outside jax.shard_map, under jit."
         )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arguments import check_bound
-from optaxclip._leaves import Leaves, Tree
+from optaxclip._leaves import Leaves, Tree, first_difference, place
 from optaxclip.norms import Bundles, Layout, Norm
 
 
@@ -121,7 +121,7 @@ class Given:
             problem = f"no leaf is labelled {unused[0]!r}" if unused else ""
             if missing:
                 leaf = layout.paths[layout.members[layout.names.index(missing[0])][0]]
-                problem = f"label {missing[0]!r} (of {leaf}) has no bound"
+                problem = f"label {missing[0]!r} (of {place(leaf)}) has no bound"
             raise ValueError(
                 f"every label needs a bound and every bound a leaf, got bounds for"
                 f" {sorted(self.bounds)} and leaves labelled {list(layout.names)}: {problem}. Make"
@@ -151,14 +151,13 @@ class ParamNorm:
                 "a bound relative to the parameters needs params, got None. Call"
                 " tx.update(grads, state, params)."
             )
-        params = context.norm.leaves(context.params)
+        params, updates = context.norm.leaves(context.params), context.updates
         shapes = [x.shape for x in params.arrays]
-        if params.paths != context.updates.paths or shapes != [
-            x.shape for x in context.updates.arrays
-        ]:
+        if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
+            where = "in params", "in updates"
             raise ValueError(
                 "params and updates must have the same leaves, got"
-                f" {_first_difference(params, context.updates)}. Pass the parameters the"
+                f" {first_difference(params.named, updates.named, where)}. Pass the parameters the"
                 " gradient was taken for."
             )
 
@@ -180,10 +179,3 @@ def non_negative(bounds: Bundles) -> Bundles:
     """Each bound or 0; NaN stays. One bound for all stays one array."""
     clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
     return tuple(clamped[id(bound)] for bound in bounds)
-
-
-def _first_difference(params: Leaves, updates: Leaves) -> str:
-    for p, x, q, y in zip(params.paths, params.arrays, updates.paths, updates.arrays, strict=False):
-        if p != q or x.shape != y.shape:
-            return f"{p} {x.shape} in params and {q} {y.shape} in updates"
-    return f"{len(params.paths)} leaves in params and {len(updates.paths)} in updates"

@@ -221,8 +221,13 @@ def test_arguments_of_the_wrong_kind():
 def test_a_state_of_another_tree():
     tx = optaxclip.zclip(by="unit")
     state = tx.init([jnp.ones((2, 300))])
-    with pytest.raises(ValueError, match=r"norms that init saw, got 400 for 300\. Call init with"):
+    with pytest.raises(
+        ValueError, match=r"init saw, got 400 for 300, of the leaves 0 \(2, 400\)\."
+    ):
         tx.update([jnp.ones((2, 400))], state)
+    tx = optaxclip.adaclip()
+    with pytest.raises(ValueError, match=r"5 for 1, of the leaves 0 \(2,\), .* and 2 more\. Call"):
+        tx.update([jnp.ones(2)] * 5, tx.init([jnp.ones(2)]))
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -173,8 +173,14 @@ def test_the_state_of_adaclip_is_small():
 @pytest.mark.parametrize("relearn_after", [25, None])
 def test_a_state_of_another_tree(relearn_after):
     tx = optaxclip.spam_clip(relearn_after=relearn_after)
-    with pytest.raises(ValueError, match="leaves that init saw, got 1 for 1, or other shapes"):
+    with pytest.raises(ValueError, match=r"saw, got 0 \(3,\) in init and 0 \(2,\) in the updates"):
         tx.update([jnp.ones(2)], tx.init([jnp.ones(3)]))
+    with pytest.raises(ValueError, match=r"got w \(3,\) in init and v \(3,\) in the updates\."):
+        tx.update({"v": jnp.ones(3), "w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))
+    with pytest.raises(ValueError, match=r"got 1 leaves in init and 2 in the updates\. Call"):
+        tx.update([jnp.ones(3)] * 2, tx.init([jnp.ones(3)]))
+    with pytest.raises(ValueError, match=r"got the root \(3,\) in init and the root \(2,\) in the"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(3)))
 
 
 @pytest.mark.parametrize(
