@@ -86,31 +86,33 @@ class Given:
         return ()
 
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
-        def scalar(bound: Any) -> jax.Array:
+        def scalar(key_path: Any, bound: Any) -> jax.Array:
             bound = jnp.asarray(bound(context.count) if callable(bound) else bound)
             if bound.ndim:
                 raise ValueError(
-                    f"{self.argument} must be scalars, got shape {bound.shape}. For one bound a"
-                    " leaf or label, pass a tree of scalars."
+                    f"{self.argument}{jax.tree_util.keystr(key_path)} must be a scalar, got shape"
+                    f" {bound.shape}. Several bounds, one a leaf or label, are a tree of scalars; a"
+                    " global norm has one."
                 )
             return bound.astype(jnp.float32 if not norms else norms[0].dtype)
 
+        bounds = jax.tree.map_with_path(scalar, self.bounds)
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.bounds)):
-            return (scalar(self.bounds),) * len(norms), state
+            return (bounds,) * len(norms), state
         layout = context.layout
         if context.norm.by == "group":
-            bounds = self._by_label(layout)
-            return layout.bundle([scalar(bounds[label]) for label in layout.names]), state
+            self._check_labels(layout)
+            return layout.bundle([bounds[label] for label in layout.names]), state
         if context.norm.by == "global":
             raise ValueError(
                 f"{self.argument} must be one bound for a global norm, got a tree:"
                 f" {self.bounds!r}. Use clip_by_leaf_norm or clip_by_group_norm for several."
             )
-        per_leaf = context.updates.from_prefix(self.bounds, self.argument)
-        return layout.bundle([scalar(bound) for bound in per_leaf]), state
+        return layout.bundle(context.updates.from_prefix(bounds, self.argument)), state
 
-    def _by_label(self, layout: Layout) -> Mapping[str, Any]:
-        if not isinstance(self.bounds, Mapping):
+    def _check_labels(self, layout: Layout) -> None:
+        flat = isinstance(self.bounds, Mapping) and jax.tree_util.all_leaves(self.bounds.values())
+        if not flat:
             raise TypeError(
                 f"{self.argument} must map labels to bounds, got {self.bounds!r}. Pass a dict"
                 f" with the keys {list(layout.names)}."
@@ -127,7 +129,6 @@ class Given:
                 f" {sorted(self.bounds)} and leaves labelled {list(layout.names)}: {problem}. Make"
                 " the two agree; float('inf') leaves a group unclipped."
             )
-        return self.bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,11 @@ class ParamNorm:
 
 def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
     """`value` if it is a threshold already, else the bounds it gives."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{argument} must be a bound or a Threshold, got the class {value.__name__}. Make one"
+            f" of it: {value.__name__}(...)."
+        )
     return value if isinstance(value, Threshold) else Given(value, argument)
 
 
