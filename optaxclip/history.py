@@ -1,7 +1,8 @@
 """The formulas by which a bound follows from past norms: one `Rule` (see `learning`) each.
 
 `robust` says that the safeguards of `Learned` are on. Without them a rule is exactly as
-published, which in four places here is not what is safe.
+published: the present norm counts in `Percentile` and `MovingMean`, the least spread in
+`WindowMoments` and `ZScore` is absolute, and `Ratio` starts from the smallest norm.
 """
 
 import dataclasses
@@ -108,7 +109,7 @@ class MeanAndStd(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ZScore:
-    """With z = (n - mu) / sigma: beyond z = k the bound `mu + sigma k^2 / z`, mu, or k sigma's."""
+    """Beyond z = k, for z = (n - mu) / sigma: `mu + sigma k^2 / z`, `mu` or `mu + k sigma`."""
 
     z_threshold: Any
     decay: Any

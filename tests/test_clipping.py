@@ -129,6 +129,16 @@ def test_nonfinite_leaves_propagate_or_become_zero(bad, jit):
             assert (only(state).nonfinite_count, only(state).count) == (1, 2)
 
 
+@pytest.mark.parametrize("bad", [complex(np.inf, 1), complex(0, -np.inf)], ids=str)
+def test_a_complex_infinity_has_no_direction_to_be_clipped_in(bad):
+    grads = [jnp.array([bad, 3 + 4j])]
+    for nonfinite, is_expected in {"propagate": jnp.isnan, "zero": lambda x: x == 0}.items():
+        tx = optaxclip.clip_by_value(1.0, nonfinite=nonfinite)
+        first, second = tx.update(grads, tx.init(grads))[0][0]
+        assert is_expected(first)
+        np.testing.assert_allclose(second, 0.6 + 0.8j, rtol=1e-6)
+
+
 def test_one_bad_element_spoils_the_global_gradient_unless_zeroed():
     grads = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)}
     for nonfinite, check in {"propagate": jnp.isnan, "zero": lambda x: x == 0}.items():
