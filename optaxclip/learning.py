@@ -96,9 +96,9 @@ class Learned:
         check_count(self.relearn_after, "relearn_after")
         if self.relearn_after < self.warmup:
             raise ValueError(
-                f"relearn_after must be >= {self.warmup}, the number of norms it learns from,"
-                f" got {self.relearn_after}. Pass more, a shorter warm-up (warmup=, or window= "
-                "where half of it is one), or None for the published rule."
+                f"relearn_after must be >= {self.warmup}, the number of norms it learns from, got"
+                f" {self.relearn_after}. Pass more, a shorter warm-up (warmup=, or window= where"
+                " half of it is one), or None for the published rule."
             )
 
     def init(self, norm: Norm, params: Tree) -> LearnedState:
