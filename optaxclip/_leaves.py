@@ -12,6 +12,8 @@ Tree = Any
 LeafFn = Callable[[str, jax.Array], Any]
 """`(path, leaf) -> anything`; the path is a string such as `"block/dense/kernel"`."""
 
+_SHOWN = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaves:
@@ -34,9 +36,9 @@ class Leaves:
             path = path_name(key_path)
             if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
                 raise TypeError(
-                    f"leaves must be arrays, got {type(leaf).__name__} {leaf!r} at"
-                    f" {path or 'the root'}. Convert it with jnp.asarray, or differentiate"
-                    " with respect to array leaves only."
+                    f"leaves must be arrays, got {type(leaf).__name__} {leaf!r} at {place(path)}."
+                    " Convert it with jnp.asarray, or differentiate with respect to array leaves"
+                    " only."
                 )
             counted = jnp.issubdtype(leaf.dtype, jnp.inexact) and math.prod(leaf.shape) > 0
             if counted and not (exclude is not None and exclude(path, leaf)):
@@ -60,15 +62,29 @@ class Leaves:
             leaves[i] = array
         return jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
 
-    def check_like(self, arrays: Sequence[Any]) -> Sequence[Any]:
-        """`arrays`, a state's. Raises unless they have the shapes of the counted leaves."""
+    def check_like(self, state: Tree) -> list[jax.Array]:
+        """The arrays of a state. Raises unless they have the shapes of the counted leaves."""
+        arrays = jax.tree.leaves(state)
         if [x.shape for x in arrays] != [x.shape for x in self.arrays]:
+            saw = [(path_name(key_path), x) for key_path, x in jax.tree.leaves_with_path(state)]
             raise ValueError(
-                f"updates must have the leaves that init saw, got {len(self.arrays)} for"
-                f" {len(arrays)}, or other shapes. Call init with the tree the gradient is taken"
-                " for, and inside shard_map with what one device holds."
+                "updates must have the leaves that init saw, got"
+                f" {first_difference(saw, self.named, ('in init', 'in the updates'))}. Call init"
+                " with the tree the gradient is taken for, and inside shard_map with what one"
+                " device holds."
             )
         return arrays
+
+    def sketch(self) -> str:
+        """The counted leaves for the text of an error, but of many only the first."""
+        shown = [f"{place(path)} {x.shape}" for path, x in self.named[:_SHOWN]]
+        more = len(self.arrays) - _SHOWN
+        return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+    @property
+    def named(self) -> list[tuple[str, jax.Array]]:
+        """Path and array of each counted leaf."""
+        return list(zip(self.paths, self.arrays, strict=True))
 
     def map(self, fun: LeafFn) -> list:
         """`fun(path, leaf)` for each counted leaf."""
@@ -85,6 +101,21 @@ class Leaves:
                 f"Give {argument} the structure of the parameters, cut off at any node."
             ) from None
         return [entries[i] for i in self.positions]
+
+
+def first_difference(
+    some: list[tuple[str, Any]], others: list[tuple[str, Any]], where: tuple[str, str]
+) -> str:
+    """Where two lists of paths and arrays part: `"w (2,) in init and w (3,) in the updates"`."""
+    for (p, x), (q, y) in zip(some, others, strict=False):
+        if p != q or x.shape != y.shape:
+            return f"{place(p)} {x.shape} {where[0]} and {place(q)} {y.shape} {where[1]}"
+    return f"{len(some)} leaves {where[0]} and {len(others)} {where[1]}"
+
+
+def place(path: str) -> str:
+    """A path in the text of an error; that of a tree which is one array is empty."""
+    return path or "the root"
 
 
 def path_name(key_path: tuple) -> str:

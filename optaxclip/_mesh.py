@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import varying_axes
-from optaxclip._leaves import Leaves, Tree, path_name
+from optaxclip._leaves import Leaves, Tree, path_name, place
 from optaxclip._reductions import power, vanishing
 
 Axes = tuple[str, ...]
@@ -86,9 +86,9 @@ def check_reduced(updates: Leaves, params: Tree) -> None:
         extra = tuple(axis for axis in axes if axis not in of_params.get(path, axes))
         if extra:
             raise ValueError(
-                f"a gradient must vary over the mesh axes of its parameter, got {path} varying"
-                f" over {extra}, where the parameter is the same on all devices. Reduce it before"
-                f" it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum."
+                f"a gradient must vary over the mesh axes of its parameter, got {place(path)}"
+                f" varying over {extra}, where the parameter is the same on all devices. Reduce it"
+                f" before it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum."
             )
 
 

@@ -20,7 +20,7 @@ def clip_by_svd(x: jax.Array, c: jax.Array, *, soft: bool) -> tuple[jax.Array, j
     if soft:
         positive = bound > 0
         kept = s / jnp.hypot(1.0, s / jnp.where(positive, bound, 1.0))
-        kept = jnp.where(positive, kept, 0.0)
+        kept = jnp.where(positive, kept, jnp.where(jnp.isnan(bound), jnp.nan, 0.0))
     else:
         kept = jnp.minimum(s, bound)
     largest = s[:, :, :1]

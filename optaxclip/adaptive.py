@@ -11,24 +11,20 @@ They share one set of safeguards (`learning.Learned`), steered by `relearn_after
 
 `relearn_after=None` turns them off and leaves the published rule, except that norms which are
 zero, NaN or infinite are still not learned from. All take `by=` (`"global"`, `"leaf"`, `"unit"`,
-`"element"`: the largest element of each leaf; or a `Norm`), `nonfinite=`, `axis_name=` and
-`name=`, as `clip_by` and `Norm` do. The bound is a constant to differentiation. State is kept in
-float32.
+`"element"`: the largest element of each leaf; or a `Norm`, which then has the `axis_name`),
+`nonfinite=`, `axis_name=` and `name=`, as `clip_by` and `Norm` do. The bound is a constant to
+differentiation. State is kept in float32.
 """
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
-import optax
-
-from optaxclip.clipping import NonFinite, clip_by
-from optaxclip.history import Percentile, Quantile, Ratio, WindowMoments, ZScore
-from optaxclip.learning import AtMost, Learned, check_count
+from optaxclip._arguments import check_between, check_bound, check_count, check_positive
+from optaxclip.clipping import NonFinite, Transform, clip_by
+from optaxclip.history import Mode, Percentile, Quantile, Ratio, WindowMoments, ZScore
+from optaxclip.learning import AtMost, Learned, RelearnAfter, relearn_after_of
 from optaxclip.norms import AxisName, By, Norm
 from optaxclip.responses import Response
-from optaxclip.thresholds import Threshold, check_between, check_bound
-
-Transform: TypeAlias = optax.GradientTransformationExtraArgs
-Mode = Literal["zscore", "mean", "percentile"]
+from optaxclip.thresholds import Threshold
 
 
 def autoclip(
@@ -94,7 +90,7 @@ def zclip(
     mode: Mode = "zscore",
     max_norm: Any = 1.0,
     warmup: int = 25,
-    relearn_after: int | None = 25,
+    relearn_after: RelearnAfter = "auto",
     by: By | Norm = "global",
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,
@@ -114,8 +110,9 @@ def zclip(
         scalar or a schedule.
       warmup: how many norms the averages start from. Static.
       relearn_after: >= warmup: steps in a row beyond the bound (that of z, not `max_norm`)
-        after which the averages start anew from the last `warmup` norms. None: the paper's
-        rule, which never recovers from a lasting rise by half. Static.
+        after which the averages start anew from the last `warmup` norms. `"auto"`: 25, or the
+        warm-up if that is longer. None: the paper's rule, which never recovers from a lasting
+        rise by half. Static.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
@@ -126,8 +123,9 @@ def zclip(
 
     Guarantees:
       After a lasting change of level the bound is at the new level within `relearn_after`
-      steps. A spike passes as about mu, and so does the next one. NaN, infinite and zero
-      gradients leave later steps as they would have been without them.
+      steps. A spike passes as about mu (by `"percentile"` as at most `mu + k sigma`), and so does
+      the next one. NaN, infinite and zero gradients leave later steps as they would have been
+      without them.
 
     Edge cases:
       The first step is bounded by `max_norm` alone. Norms that do not vary have sigma 1 % of
@@ -151,6 +149,7 @@ def zclip(
     check_between(decay, "decay", 0, 1, last=False)
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode, got {mode!r}. Use one of {get_args(Mode)}.")
+    relearn_after = relearn_after_of(relearn_after, 25, warmup)
     rule = ZScore(z_threshold, decay, mode, relearn_after is not None)
     threshold = AtMost(Learned(rule, warmup, relearn_after), max_norm)
     return clip_learned(by, threshold, nonfinite, axis_name, name or "zclip")
@@ -162,7 +161,7 @@ def adagc(
     decay: Any = 0.98,
     max_norm: Any = 1.0,
     warmup: int = 100,
-    relearn_after: int | None = 100,
+    relearn_after: RelearnAfter = "auto",
     by: By | Norm = "leaf",
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,
@@ -170,8 +169,9 @@ def adagc(
 ) -> Transform:
     """Clips each leaf to a multiple of the moving average of its clipped norm.
 
-    In the warm-up all leaves together are clipped to `max_norm`. Then, leaf by leaf,
-    `c = ratio * gamma` and `gamma = decay * gamma + (1 - decay) * min(n, c)`.
+    In the warm-up all leaves together are clipped to `max_norm` (and each is held to twice its
+    median so far, unless `relearn_after=None`). Then, leaf by leaf, `c = ratio * gamma` and
+    `gamma = decay * gamma + (1 - decay) * min(n, c)`.
 
     Args:
       ratio: >= 0; 1.05 clips about four steps in ten at 10 % noise.
@@ -179,8 +179,8 @@ def adagc(
       max_norm: the bound on all leaves together in the warm-up, >= 0; a number or an array.
       warmup: how many norms gamma starts from. Static.
       relearn_after: >= warmup: steps in a row beyond the bound after which gamma starts anew
-        from the last `warmup` norms. None: the paper's rule, by which the bound grows 0.1 % a
-        step. Static.
+        from the last `warmup` norms. `"auto"`: 100, or the warm-up if that is longer. None: the
+        paper's rule, by which the bound grows 0.1 % a step. Static.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
@@ -213,6 +213,7 @@ def adagc(
     check_bound(ratio, "ratio", schedule=False)
     check_bound(max_norm, "max_norm", schedule=False)
     check_between(decay, "decay", 0, 1, last=False)
+    relearn_after = relearn_after_of(relearn_after, 100, warmup)
     rule = Ratio(ratio, decay, max_norm, relearn_after is not None)
     threshold = Learned(rule, warmup, relearn_after)
     return clip_learned(by, threshold, nonfinite, axis_name, name or "adagc")
@@ -222,7 +223,7 @@ def clip_by_history(
     num_stds: Any = 3.0,
     *,
     window: int = 128,
-    relearn_after: int | None = 64,
+    relearn_after: RelearnAfter = "auto",
     by: By | Norm = "global",
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,
@@ -234,7 +235,8 @@ def clip_by_history(
       num_stds: k >= 0.
       window: how many past norms count, >= 2; the warm-up is the first half. Static.
       relearn_after: >= window // 2: steps in a row beyond the bound after which the window is
-        emptied but for the last `window // 2` norms. None: the published rule. Static.
+        emptied but for the last `window // 2` norms. `"auto"`: 64, or `window // 2` if that is
+        more. None: the published rule. Static.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
@@ -265,9 +267,10 @@ def clip_by_history(
     `scale_by_adam` to do as there). Different here: the safeguards above, and the floor.
     """
     check_bound(num_stds, "num_stds", schedule=False)
-    check_count(window, "window")
+    check_count(window, "window", least=2)
+    relearn_after = relearn_after_of(relearn_after, 64, window // 2)
     rule = WindowMoments(num_stds, window, relearn_after is not None)
-    threshold = Learned(rule, max(window // 2, 1), relearn_after)
+    threshold = Learned(rule, window // 2, relearn_after)
     return clip_learned(by, threshold, nonfinite, axis_name, name or "clip_by_history")
 
 
@@ -282,10 +285,10 @@ def clip_by_quantile(
     axis_name: AxisName = None,
     name: str | None = None,
 ) -> Transform:
-    """Clips to a bound that finds a quantile by itself: `C exp(-eta (1[n <= C] - q))`.
+    """Clips to a bound that finds a quantile by itself: `C <- C exp(-eta (1[n <= C] - q))`.
 
     Args:
-      quantile: q in (0, 1): the share of steps to leave alone.
+      quantile: q in [0, 1]: the share of steps to leave alone.
       step_size: eta > 0. A larger one follows the level sooner and wavers more.
       init: the first C, > 0. None: the quantile of a warm-up of 25 norms.
       relearn_after: >= 25: steps in a row beyond the bound after which C is the quantile of
@@ -304,7 +307,8 @@ def clip_by_quantile(
       later steps as they would have been without them.
 
     Edge cases:
-      Without `init` the first step is unbounded.
+      Without `init` the first step is unbounded. With q = 0 the bound only falls, with q = 1 it
+      only rises, but for learning anew.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -319,9 +323,9 @@ def clip_by_quantile(
     algorithm 1, there for the norms of users in one round, here for one norm a step.
     """
     check_between(quantile, "quantile", 0, 1)
-    check_bound(step_size, "step_size", schedule=False)
+    check_positive(step_size, "step_size")
     if init is not None:
-        check_bound(init, "init", schedule=False)
+        check_positive(init, "init")
     rule = Quantile(quantile, step_size, init)
     threshold = Learned(rule, 25, relearn_after, ready=init is not None)
     return clip_learned(by, threshold, nonfinite, axis_name, name or "clip_by_quantile")
@@ -336,5 +340,10 @@ def clip_learned(
     response: str | Response = "rescale",
 ) -> Transform:
     """`clip_by`, where `by` may be a whole `Norm`."""
+    if isinstance(by, Norm) and axis_name is not None:
+        raise ValueError(
+            f"axis_name is part of a Norm, got axis_name={axis_name!r} beside one. Pass it inside:"
+            " by=Norm(..., axis_name=...)."
+        )
     norm = by if isinstance(by, Norm) else Norm(by, axis_name=axis_name)
     return clip_by(norm, threshold, response, nonfinite=nonfinite, name=name)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import Tree, path_name
+from optaxclip._leaves import Tree, path_name, place
 
 _SHOWN = 10
 
@@ -79,7 +79,5 @@ def _arrays(tree: Tree) -> dict[str, _Array]:
         is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
         # A variable of Flax NNX is a node with one leaf: an attribute, but in a checkpoint a key.
         path = jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
-        found[path] = _Array(
-            path_name(key_path) or "the root", None if is_key else tuple(jnp.shape(x))
-        )
+        found[path] = _Array(place(path_name(key_path)), None if is_key else tuple(jnp.shape(x)))
     return found

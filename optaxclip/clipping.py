@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from optaxclip.thresholds import (
 )
 
 NonFinite = Literal["propagate", "zero"]
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
 _SCALARS = [k for k in ClipStats._fields if k not in ("groups", "examples")]
 
@@ -58,7 +59,7 @@ def clip_by(
     nonfinite: NonFinite = "propagate",
     stats: bool = True,
     name: str | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transform:
     """A clipper from its three parts: what is measured, how large it may be, what then.
 
     `u = factor(n, c) * g` for each group of leaves, with n its norm and c its bound.
@@ -72,8 +73,9 @@ def clip_by(
         `"psac"`, `"drop"`, or a `Response`.
       nonfinite: what becomes of a group with NaN or infinite elements. `"propagate"`: as in
         Optax, NaN stays NaN; an infinity turns the group's finite elements to 0 and itself
-        to NaN. `"zero"`: the group becomes zeros (for elements, just these elements). Either
-        way the step is counted. To drop the whole step use `skip_nonfinite`.
+        to NaN, but is clipped to the bound as a real element by itself under `"rescale"`.
+        `"zero"`: the group becomes zeros (for elements, just these elements). Either way the step
+        is counted. To drop the whole step use `skip_nonfinite`.
       stats: False leaves the statistics out, for elementwise clippers alone, where measuring
         costs a pass over the gradient; norms, factor and counters are then -1.
       name: how `clip_stats` calls this clipper.
@@ -83,10 +85,10 @@ def clip_by(
       shapes and dtypes.
 
     Raises:
-      ValueError: unknown parts; a bound that is negative or NaN; trees that do not match.
+      ValueError: unknown parts; a bound that is negative or NaN; trees that do not match; inside
+        `jax.shard_map`, a gradient that varies over a mesh axis which its parameter, given as
+        `params`, does not vary over: it was not reduced over the batch.
       TypeError: a leaf that is no array; a bound that is no number.
-      ValueError: inside `jax.shard_map`, a gradient that varies over a mesh axis which its
-        parameter, given as `params`, does not vary over: it was not reduced over the batch.
 
     Guarantees:
       A group inside its bound comes out bit for bit (but XLA may flush subnormal numbers).
@@ -189,8 +191,9 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
       opt_state: the state of an optimizer, or any tree that holds it.
 
     Returns:
-      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger:
-      `{f"{name}/{k}": v for name, s in stats.items() for k, v in s._asdict().items()}`.
+      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger, drop
+      the fields that are no scalars: `{f"{name}/{k}": v for name, s in stats.items() for k, v in
+      s._asdict().items() if k not in ("groups", "examples")}`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip.history import RootMeanSquare
-from optaxclip.learning import Learned, LearnedState, check_count
+from optaxclip.learning import Learned, LearnedState
 from optaxclip.norms import Bundles, Norm
 from optaxclip.thresholds import Context, ElementBounds
 
@@ -59,7 +60,7 @@ class Shares:
         self, norms: Bundles, state: SharesState, context: Context
     ) -> tuple[ElementBounds, SharesState]:
         updates, layout = context.updates, context.layout
-        shares = updates.check_like(jax.tree.leaves(state.shares))
+        shares = updates.check_like(state.shares)
         norms = context.norm.measure(updates, layout)  # the same, unless stats=False
         levels, level = self.level.bound(norms, state.level, context)
         # In the warm-up of a leaf its steps count alike, and the 1 it starts from as one more.
@@ -89,7 +90,7 @@ class Shares:
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
+class SecondMoments:
     """`sqrt(theta v)` of each element, v the moving average of its clipped square: as published.
 
     No element is bounded for `warmup` steps, nor while its v is 0.
@@ -108,7 +109,7 @@ class Moments:
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
         del norms
         updates, theta = context.updates, jnp.asarray(self.theta, jnp.float32)
-        before = updates.check_like(jax.tree.leaves(state))
+        before = updates.check_like(state)
         bounds, moments = [], []
         for x, v in zip(updates.arrays, before, strict=True):
             known = (context.count >= self.warmup) & (v > 0)

@@ -73,7 +73,7 @@ def error_feedback(
         updates: Tree, state: ErrorFeedbackState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ErrorFeedbackState]:
         leaves = Leaves.of(updates)
-        carry = leaves.check_like(jax.tree.leaves(state.carry))
+        carry = leaves.check_like(state.carry)
         wide = [x.astype(d.dtype) + d for x, d in zip(leaves.arrays, carry, strict=True)]
         sums = [h.astype(x.dtype) for h, x in zip(wide, leaves.arrays, strict=True)]
         clipped, inner = clipper.update(

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._arguments import check_at_least, check_between, check_bound, check_count
 from optaxclip._leaves import Tree
 from optaxclip.history import Percentile, WindowMoments
-from optaxclip.learning import Learned, check_count
+from optaxclip.learning import Learned, RelearnAfter, relearn_after_of
 from optaxclip.norms import AxisName, Norm
-from optaxclip.thresholds import Context, Given, Threshold, check_bound
+from optaxclip.thresholds import Context, Given, Threshold
 
 OutlierRule = Literal["fixed", "window", "quantile"]
 
@@ -42,7 +43,7 @@ def skip_nonfinite(
       inner: the optimizer to guard; put the guard outermost, so that weight decay and
         schedules are skipped too.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
-        `raise_if_stuck` in the host loop. Steps go on being skipped. None: never.
+        `raise_if_stuck` in the host loop. Steps go on being skipped. None: never. Static.
       axis_name: mesh axes to decide over, as in `Norm`. Devices decide alike.
 
     Returns:
@@ -50,6 +51,7 @@ def skip_nonfinite(
 
     Raises:
       ValueError: max_consecutive below 1.
+      TypeError: max_consecutive is no whole number, or is traced.
 
     Guarantees:
       Nothing is multiplied by zero, so nothing of the bad step survives. Steps without
@@ -68,17 +70,18 @@ def skip_nonfinite(
       >>> print(updates["w"], state.skipped_count)
       [0. 0.] 1
     """
-    if max_consecutive is not None and max_consecutive < 1:
-        raise ValueError(
-            f"max_consecutive must be >= 1, got {max_consecutive}. Pass None never to give up."
-        )
+    if max_consecutive is not None:
+        check_count(max_consecutive, "max_consecutive")
     inner = optax.with_extra_args_support(inner)
     norm = Norm(axis_name=axis_name)
 
     def init_fn(params: Tree) -> SkipNonfiniteState:
-        zero = jnp.zeros((), jnp.int32)
+        # Each counter is a buffer of its own, for all of them may be donated.
         return SkipNonfiniteState(
-            zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool), inner.init(params)
+            skipped_count=jnp.zeros((), jnp.int32),
+            consecutive_count=jnp.zeros((), jnp.int32),
+            stuck=jnp.zeros((), bool),
+            inner_state=inner.init(params),
         )
 
     def update_fn(
@@ -125,7 +128,7 @@ def skip_outliers(
     quantile: Any = 0.99,
     factor: Any = 2.0,
     window: int = 128,
-    relearn_after: int | None = 64,
+    relearn_after: RelearnAfter = "auto",
     max_consecutive: int | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,11 +146,12 @@ def skip_outliers(
       num_stds: k >= 0 for `"window"`.
       quantile: q in [0, 1] for `"quantile"`.
       factor: >= 1, for `"quantile"`: without it every (1 - q)-th step would be skipped.
-      window: how many past norms count; the first half are a warm-up. Static.
+      window: how many past norms count, >= 1; the first half are a warm-up. Static.
       relearn_after: >= window // 2: after so many skipped steps in a row the norm has changed
-        for good and c is learned anew from the last `window // 2` norms. None: never. Static.
+        for good and c is learned anew from the last `window // 2` norms. `"auto"`: 64, or
+        `window // 2` if that is more. None: never. Static.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
-        `raise_if_stuck` in the host loop. None: never.
+        `raise_if_stuck` in the host loop. None: never. Static.
       axis_name: mesh axes to decide over, as in `Norm`. Devices decide alike.
 
     Returns:
@@ -186,17 +190,16 @@ def skip_outliers(
     norm = Norm(axis_name=axis_name)
 
     def init_fn(params: Tree) -> SkipOutliersState:
-        zero = jnp.zeros((), jnp.float32)
-        count = jnp.zeros((), jnp.int32)
+        # Each scalar is a buffer of its own, for all of them may be donated.
         return SkipOutliersState(
-            count,
-            count + 0,
-            jnp.zeros((), bool),
-            inner.init(params),
-            count + 0,
-            zero,
-            zero + 0,
-            threshold.init(norm, params),
+            skipped_count=jnp.zeros((), jnp.int32),
+            consecutive_count=jnp.zeros((), jnp.int32),
+            stuck=jnp.zeros((), bool),
+            inner_state=inner.init(params),
+            seen_count=jnp.zeros((), jnp.int32),
+            norm=jnp.zeros((), jnp.float32),
+            threshold=jnp.zeros((), jnp.float32),
+            threshold_state=threshold.init(norm, params),
         )
 
     def update_fn(
@@ -230,7 +233,7 @@ def _outlier_threshold(
     quantile: Any,
     factor: Any,
     window: int,
-    relearn_after: int | None,
+    relearn_after: RelearnAfter,
 ) -> Threshold:
     if rule not in get_args(OutlierRule):
         raise ValueError(f"unknown rule, got {rule!r}. Use one of {get_args(OutlierRule)}.")
@@ -242,15 +245,17 @@ def _outlier_threshold(
     if rule == "fixed":
         return Given(max_norm, "max_norm")
     check_bound(num_stds, "num_stds", schedule=False)
-    check_bound(quantile, "quantile", schedule=False)
-    check_bound(factor, "factor", schedule=False)
+    check_between(quantile, "quantile", 0, 1)
+    check_at_least(factor, "factor", 1)
     check_count(window, "window")
+    warmup = max(window // 2, 1)
+    relearn_after = relearn_after_of(relearn_after, 64, warmup)
     robust = relearn_after is not None
     if rule == "window":
         memory: Any = WindowMoments(num_stds, window, robust)
     else:
         memory = Percentile(100 * quantile, window, True, factor)
-    return Learned(memory, max(window // 2, 1), relearn_after, outliers_count=False)
+    return Learned(memory, warmup, relearn_after, outliers_count=False)
 
 
 def _count(
@@ -275,16 +280,16 @@ def _select(pick_new: jax.Array, new: Tree, old: Tree) -> Tree:
 
 
 def raise_if_stuck(opt_state: Tree) -> None:
-    """Raises if some guard in `opt_state` skipped `max_consecutive` steps in a row.
+    """Raises if some guard in `opt_state` ever skipped `max_consecutive` steps in a row.
 
-    For the host loop, outside jit, as often as you log: it waits for the state. A guard
-    without `max_consecutive` never raises.
+    For the host loop, outside jit, as often as you log: it waits for the state. However late, it
+    raises, and goes on raising after a recovery. A guard without `max_consecutive` never raises.
 
     Args:
       opt_state: the state of an optimizer with a guard anywhere inside.
 
     Raises:
-      FloatingPointError: with the number of steps skipped.
+      FloatingPointError: with the number of steps skipped in all, and in a row up to now.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -294,7 +299,7 @@ def raise_if_stuck(opt_state: Tree) -> None:
       >>> optaxclip.raise_if_stuck(state)
       Traceback (most recent call last):
       ...
-      FloatingPointError: the gradient is not finite, got 1 steps skipped, 1 of them in a ...
+      FloatingPointError: a guard skipped max_consecutive steps in a row because the ...
     """
     guards = (SkipNonfiniteState, SkipOutliersState)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, guards)):
@@ -303,9 +308,10 @@ def raise_if_stuck(opt_state: Tree) -> None:
             # Flax NNX wraps each array of a state in a variable, a node with one leaf.
             skipped, consecutive, stuck = (jax.tree.leaves(x)[0] for x in state[:3])
             if bool(stuck):
-                what = "not finite" if isinstance(state, SkipNonfiniteState) else "an outlier"
+                outlier = "an outlier or " if isinstance(state, SkipOutliersState) else ""
                 raise FloatingPointError(
-                    f"the gradient is {what}, got {int(skipped)} steps skipped,"
-                    f" {int(consecutive)} of them in a row. Look at the loss and the"
-                    " data of these steps, lower the learning rate, or resume from a checkpoint."
+                    "a guard skipped max_consecutive steps in a row because the gradient was"
+                    f" {outlier}not finite, got {int(skipped)} steps skipped in all,"
+                    f" {int(consecutive)} in a row up to now. Look at the loss and the data of"
+                    " these steps, lower the learning rate, or resume from a checkpoint."
                 )

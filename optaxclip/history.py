@@ -1,7 +1,8 @@
 """The formulas by which a bound follows from past norms: one `Rule` (see `learning`) each.
 
 `robust` says that the safeguards of `Learned` are on. Without them a rule is exactly as
-published, which in four places here is not what is safe.
+published: the present norm counts in `Percentile` and `MovingMean`, the least spread in
+`WindowMoments` and `ZScore` is absolute, and `Ratio` starts from the smallest norm.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.learning import push
+
+Mode = Literal["zscore", "mean", "percentile"]
 
 
 class Window(NamedTuple):
@@ -47,7 +50,8 @@ class Percentile:
         rows = memory.ordered if self.robust else self._insert(memory, norms)
         filled = jnp.sum(jnp.isfinite(rows), axis=0)
         last = jnp.maximum(filled - 1, 0).astype(jnp.float32)
-        at = jnp.asarray(self.percentile, jnp.float32) / 100 * last
+        # A traced percentile beyond the ends counts as the end: past it there is no norm to read.
+        at = jnp.clip(jnp.asarray(self.percentile, jnp.float32) / 100 * last, 0.0, last)
         low = jnp.floor(at)
         places = jnp.stack([low, jnp.minimum(low + 1, last)]).astype(jnp.int32)
         below, above = jnp.take_along_axis(rows, places, axis=0)
@@ -96,7 +100,7 @@ class WindowMoments:
         return push(memory, norms)
 
 
-class Moments(NamedTuple):
+class MeanAndStd(NamedTuple):
     """Moving averages; arrays [size]."""
 
     mean: jax.Array
@@ -105,23 +109,23 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ZScore:
-    """With z = (n - mu) / sigma: beyond z = k the bound `mu + sigma k^2 / z`, mu, or k sigma's."""
+    """Beyond z = k, for z = (n - mu) / sigma: `mu + sigma k^2 / z`, `mu` or `mu + k sigma`."""
 
     z_threshold: Any
     decay: Any
-    mode: Literal["zscore", "mean", "percentile"]
+    mode: Mode
     robust: bool
 
-    def init(self, size: int) -> Moments:
-        return Moments(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
+    def init(self, size: int) -> MeanAndStd:
+        return MeanAndStd(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
 
-    def seed(self, recent: jax.Array) -> Moments:
-        return Moments(*_moments(recent))
+    def seed(self, recent: jax.Array) -> MeanAndStd:
+        return MeanAndStd(*_moments(recent))
 
     def early(self, norms: jax.Array) -> jax.Array:
         return jnp.full_like(norms, jnp.inf)
 
-    def bound(self, memory: Moments, norms: jax.Array) -> jax.Array:
+    def bound(self, memory: MeanAndStd, norms: jax.Array) -> jax.Array:
         mean, std = memory
         if self.robust:
             std = spread = jnp.maximum(std, _floor(mean, self.robust))
@@ -137,11 +141,11 @@ class ZScore:
         # Within the limit any bound will do that the norm does not exceed.
         return jnp.where(beyond, answer, jnp.maximum(limit, norms))
 
-    def update(self, memory: Moments, norms: jax.Array, bounds: jax.Array) -> Moments:
+    def update(self, memory: MeanAndStd, norms: jax.Array, bounds: jax.Array) -> MeanAndStd:
         clipped = jnp.minimum(norms, bounds)
         mean = self.decay * memory.mean + (1 - self.decay) * clipped
         old, new = jnp.sqrt(self.decay), jnp.sqrt(1 - self.decay)
-        return Moments(mean, jnp.hypot(old * memory.std, new * (clipped - mean)))
+        return MeanAndStd(mean, jnp.hypot(old * memory.std, new * (clipped - mean)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +163,12 @@ class Ratio:
     def seed(self, recent: jax.Array) -> jax.Array:
         if self.robust:
             return jnp.mean(recent, axis=0)
-        return jnp.min(jax.vmap(lambda n: jnp.minimum(n, self.early(n)))(recent), axis=0)
+
+        def clipped(norms: jax.Array) -> jax.Array:
+            # A leaf without a norm yet, inf here, added nothing to the length of the whole.
+            return jnp.minimum(norms, self.early(jnp.where(jnp.isfinite(norms), norms, 0.0)))
+
+        return jnp.min(jax.vmap(clipped)(recent), axis=0)
 
     def early(self, norms: jax.Array) -> jax.Array:
         """All norms scaled alike, so that together they are at most `max_norm`."""
@@ -241,7 +250,7 @@ class RootMeanSquare:
 
 @dataclasses.dataclass(frozen=True)
 class Quantile:
-    """`C exp(-eta (1[n <= C] - q))`: one number that finds the q-th quantile."""
+    """`C <- C exp(-eta (1[n <= C] - q))`: one number that finds the q-th quantile."""
 
     quantile: Any
     step_size: Any

@@ -7,12 +7,12 @@ in the order of `Layout.names`: what a machine handles together is not in the st
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip.norms import Bundles, Norm
 from optaxclip.thresholds import Context, Threshold
@@ -20,6 +20,8 @@ from optaxclip.thresholds import Context, Threshold
 # A norm counts for at most this many times its bound, and in the warm-up this many times the
 # median is the bound: steady norms stay well within, and one spike moves no statistic far.
 _OUTLIER = 2.0
+
+RelearnAfter = int | Literal["auto"] | None
 
 
 class Rule(Protocol):
@@ -94,8 +96,9 @@ class Learned:
         check_count(self.relearn_after, "relearn_after")
         if self.relearn_after < self.warmup:
             raise ValueError(
-                f"relearn_after must be >= {self.warmup}, the number of norms it learns from,"
-                f" got {self.relearn_after}. Pass more, or None for the published rule."
+                f"relearn_after must be >= {self.warmup}, the number of norms it learns from, got"
+                f" {self.relearn_after}. Pass more, a shorter warm-up (warmup=, or window= where"
+                " half of it is one), or None for the published rule."
             )
 
     def init(self, norm: Norm, params: Tree) -> LearnedState:
@@ -114,8 +117,9 @@ class Learned:
         if state.seen.shape != (layout.size,):
             raise ValueError(
                 f"updates must have the norms that init saw, got {layout.size} for"
-                f" {state.seen.shape[0]}. Call init with the tree the gradient is taken for, and"
-                " inside shard_map with what one device holds."
+                f" {state.seen.shape[0]}, of the leaves {context.updates.sketch()}. Call init with"
+                " the tree the gradient is taken for, and inside shard_map with what one device"
+                " holds."
             )
         if not norms:
             return norms, state
@@ -124,7 +128,7 @@ class Learned:
                 f"a bound learned from past norms needs one norm a step, got {norms[0].shape[-1]},"
                 " one for each example. Pass example_quantile to clip_per_example."
             )
-        # The bound is a constant to differentiation, as it is on every step but this.
+        # The bound is a constant to differentiation, also where the present norm counts in it.
         n = jax.lax.stop_gradient(layout.vector(norms))
         telling = jnp.isfinite(n) & (n > 0)
         n = jnp.where(telling, n, 0.0)
@@ -194,22 +198,22 @@ class AtMost:
         return tuple(jnp.minimum(c, jnp.asarray(ceiling).astype(c.dtype)) for c in bounds), state
 
 
+def relearn_after_of(value: RelearnAfter, usual: int, warmup: Any) -> int | None:
+    """The number that `relearn_after` stands for: "auto" is `usual`, or a longer warm-up's."""
+    check_count(warmup, "warmup")
+    if not isinstance(value, str):
+        return value
+    if value != "auto":
+        raise ValueError(
+            f'relearn_after must be "auto", a whole number or None, got {value!r}. Pass for example'
+            f" {max(usual, warmup)}."
+        )
+    return max(usual, warmup)
+
+
 def push(rows: jax.Array, row: jax.Array) -> jax.Array:
     """The rows without the first, and the new one after the last."""
     return jnp.concatenate([rows[1:], row[None]])
-
-
-def check_count(value: Any, argument: str) -> None:
-    """Raises unless `value` is a whole number >= 1 that is known when the clipper is made."""
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"{argument} must be static, got {value}. With optax.inject_hyperparams, pass"
-            f" static_args=('{argument}',)."
-        )
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{argument} must be a whole number, got {value!r}. Pass for example 25.")
-    if value < 1:
-        raise ValueError(f"{argument} must be >= 1, got {value}. Pass 1 or more.")
 
 
 def _median(rows: jax.Array) -> jax.Array:

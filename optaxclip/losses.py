@@ -1,6 +1,5 @@
 """Losses with clipping built in."""
 
-import math
 import numbers
 from typing import Any
 
@@ -31,6 +30,9 @@ def phuber_cross_entropy(logits: jax.Array, labels: jax.Array, tau: Any = 2.0) -
       The loss and its derivative by p are continuous at p = 1 / tau; the loss is at most
       `log tau + 1`. The derivative is finite for all finite logits.
 
+    Edge cases:
+      A label >= K makes the loss of its example NaN; one below 0 counts from the end. Mask these.
+
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> logits = jnp.array([[2.0, 0.0], [2.0, 0.0]])
@@ -51,8 +53,9 @@ def phuber_cross_entropy(logits: jax.Array, labels: jax.Array, tau: Any = 2.0) -
     if isinstance(tau, numbers.Real) and not float(tau) > 1:
         raise ValueError(f"tau must be > 1, got {tau}. Pass for example 2.0.")
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-    if isinstance(tau, numbers.Real) and math.isinf(tau):
-        return -log_p
     tau = jnp.asarray(tau, log_p.dtype)
+    infinite = jnp.isinf(tau)
+    tau = jnp.where(infinite, 2.0, tau)  # the slope of the branch not taken must be finite too
     log_tau = jnp.log(tau)
-    return jnp.where(log_p > -log_tau, -log_p, 1 + log_tau - tau * jnp.exp(log_p))
+    huberised = 1 + log_tau - tau * jnp.exp(log_p)
+    return jnp.where(infinite | (log_p > -log_tau), -log_p, huberised)

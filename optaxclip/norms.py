@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import explicit_sharding, varying_axes
-from optaxclip._leaves import LeafFn, Leaves, Tree
+from optaxclip._leaves import LeafFn, Leaves, Tree, place
 from optaxclip._mesh import Axes, axes_of, over_mesh, placed
 from optaxclip._reductions import Terms, accumulator, norms_of
 from optaxclip.unit_axes import UnitAxes, resolve
@@ -30,7 +30,7 @@ Bundles = tuple[jax.Array, ...]
 """One array a bundle, [slots, *unit shape], where the unit shape broadcasts to the leaf."""
 
 L2: Any = np.int64(2)
-"""The default `ord`: no `int`, so that `optax.inject_hyperparams` leaves it static."""
+"""The default `ord`: not an `int`, so that `optax.inject_hyperparams` leaves it static."""
 
 # How many leaves share a branch for norms that left the range, and the kernels of `_reductions`.
 # More conditionals run and compile more slowly: with bundles of 2^18 elements, so that leaves are
@@ -153,10 +153,10 @@ class Norm:
         right under `jit` and inside `jax.shard_map` with `check_vma` on. Under `pmap` or
         with `check_vma` off: a name, a tuple of names, or a function `(path, leaf) ->
         names`, for leaves that are shards (a `pmean`ed gradient is whole: name no axis
-        for it). `()`: never reduce.
+        for it). `()`: never reduce; of a function None too.
 
     Raises:
-      ValueError: unknown `by` or `ord`, labels missing.
+      ValueError: unknown `by` or `ord`; labels missing, or labels or unit axes for another `by`.
 
     Guarantees:
       Terms are added in float32, in float64 if a leaf is float64, whatever the leaf dtype.
@@ -167,9 +167,10 @@ class Norm:
     Edge cases:
       Integer, boolean, float0, None, MaskedNode and empty leaves are not counted; a tree
       without floating-point leaves has global norm 0. A unit whose every element is below
-      1e-19 may measure 0. Orders besides 1, 2, `inf` and `"rms"` read the leaves twice, and take
-      two collectives on a mesh. Leaves that vary over a mesh axis are taken for shards: a
-      data-parallel gradient that was not reduced yet counts as one long gradient. Reduce it first.
+      1e-19 may measure 0. By `"element"` the largest modulus is measured, whatever `ord` is.
+      Orders besides 1, 2, `inf` and `"rms"` read the leaves twice, and take two collectives on a
+      mesh. Leaves that vary over a mesh axis are taken for shards: a data-parallel gradient that
+      was not reduced yet counts as one long gradient. Reduce it first.
     """
 
     by: By = "global"
@@ -186,6 +187,17 @@ class Norm:
             raise ValueError(
                 "a group norm needs labels, got None. Pass a tree prefix of strings, or a"
                 " function (path, leaf) -> label."
+            )
+        if self.labels is not None and self.by != "group":
+            raise ValueError(
+                f"labels go with by='group', got {self.labels!r} for by={self.by!r}. Pass"
+                " by='group', or leave them out."
+            )
+        default = isinstance(self.unit_axes, str) and self.unit_axes == "auto"
+        if not default and self.by != "unit":
+            raise ValueError(
+                f"unit_axes go with by='unit', got {self.unit_axes!r} for by={self.by!r}. Pass"
+                " by='unit', or leave them out."
             )
         _check_ord(self.ord)
 
@@ -290,7 +302,7 @@ class Norm:
         for path, label in zip(leaves.paths, found, strict=True):
             if not isinstance(label, str):
                 raise TypeError(
-                    f"labels must be strings, got {label!r} at {path}. Give every"
+                    f"labels must be strings, got {label!r} at {place(path)}. Give every"
                     " floating-point leaf a label."
                 )
         return found
@@ -300,14 +312,14 @@ class Norm:
         if self.axis_name is None:
             if varying and self.by == "unit":
                 raise ValueError(
-                    f"units of a sharded leaf cannot be told apart, got {path} of local shape"
-                    f" {x.shape}, sharded over {varying}. Pass axis_name=() if each unit is"
+                    f"units of a sharded leaf cannot be told apart, got {place(path)} of local"
+                    f" shape {x.shape}, sharded over {varying}. Pass axis_name=() if each unit is"
                     " whole on one device, or as axis_name the mesh axes a unit is split over"
                     " (also as a function of path and leaf)."
                 )
             return varying
         names = self.axis_name(path, x) if callable(self.axis_name) else self.axis_name
-        axes = (names,) if isinstance(names, str) else tuple(names)
+        axes = (names,) if isinstance(names, str) else tuple(names or ())
         # Where types tell, a leaf that does not vary over an axis is whole on it.
         return tuple(a for a in axes if a in varying) if varying else axes
 

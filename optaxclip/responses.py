@@ -5,12 +5,14 @@ and multiplied in: a division or a select over the leaves costs 2.3-3.3x Adam on
 """
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip.thresholds import check_bound
+from optaxclip._arguments import check_bound
+
+SoftShape = Literal["rational", "sqrt", "tanh"]
 
 
 @runtime_checkable
@@ -55,12 +57,12 @@ class Soften:
     tanh(r) / r.
     """
 
-    shape: Literal["rational", "sqrt", "tanh"] = "rational"
+    shape: SoftShape = "rational"
 
     def __post_init__(self) -> None:
-        if self.shape not in ("rational", "sqrt", "tanh"):
+        if self.shape not in get_args(SoftShape):
             raise ValueError(
-                f"unknown shape, got {self.shape!r}. Use 'rational', 'sqrt' or 'tanh'."
+                f"unknown shape, got {self.shape!r}. Use one of {get_args(SoftShape)}."
             )
 
     def factor(self, norm: jax.Array, bound: jax.Array) -> jax.Array:

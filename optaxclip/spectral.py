@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optaxclip import _polar
+from optaxclip._arguments import check_count
 from optaxclip._compat import explicit_sharding, varying_axes
-from optaxclip._leaves import Tree
+from optaxclip._leaves import Tree, place
 from optaxclip._reductions import accumulator
 from optaxclip._statistics import check_same_groups, empty_stats, record
-from optaxclip.clipping import ClipState, NonFinite, scale_leaf
-from optaxclip.learning import check_count
+from optaxclip.clipping import ClipState, NonFinite, Transform, scale_leaf
 from optaxclip.norms import Norm
 from optaxclip.responses import Rescale, Response, Soften
-from optaxclip.thresholds import Context, as_threshold, non_negative
+from optaxclip.thresholds import Context, Given, non_negative
 from optaxclip.unit_axes import UnitAxes, resolve
 
 Method = Literal["newton_schulz", "svd"]
-Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def clip_singular_values(
@@ -64,6 +63,7 @@ def clip_singular_values(
     Raises:
       ValueError: max_value negative or NaN, or no prefix of the updates; unknown method; axes a
         leaf lacks; a leaf that is sharded inside `jax.shard_map`.
+      TypeError: max_value is no number, such as a `Threshold`.
 
     Guarantees:
       With the default steps or more, in float32 and for c >= 1e-3 s_max, the result is within
@@ -95,7 +95,7 @@ def clip_singular_values(
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"unknown nonfinite, got {nonfinite!r}. Use one of {get_args(NonFinite)}.")
     check_count(steps, "steps")
-    limit = as_threshold(max_value, "max_value")
+    limit = Given(max_value, "max_value")  # a learned bound would need the norms beforehand
     answer: Response = Soften("sqrt") if soft else Rescale()
     norm = Norm("unit", unit_axes=functools.partial(_matrix_axes, unit_axes), axis_name=())
     clip = _Clip(soft, method, steps, answer)
@@ -113,8 +113,9 @@ def clip_singular_values(
         layout = norm.layout(leaves)
         check_same_groups(state.stats, layout)
         context = Context(state.stats.count, norm, layout, leaves, params, extra_args)
-        shapes = layout.bundle([jnp.zeros(shape) for shape in layout.unit_shapes])
-        found, threshold_state = limit.bound(shapes, state.threshold_state, context)
+        # Given bounds need the layout alone.
+        zeros = layout.bundle([jnp.zeros(shape) for shape in layout.unit_shapes])
+        found, threshold_state = limit.bound(zeros, state.threshold_state, context)
         bounds = non_negative(found)
 
         clipped, norms = [], []
@@ -216,6 +217,6 @@ def _kept(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 def _check_whole(path: str, x: jax.Array) -> None:
     if varying := varying_axes(x):
         raise ValueError(
-            f"singular values need whole matrices, got {path} of local shape {x.shape}, sharded"
-            f" over {varying}. Clip outside jax.shard_map, under jit."
+            f"singular values need whole matrices, got {place(path)} of local shape {x.shape},"
+            f" sharded over {varying}. Clip outside jax.shard_map, under jit."
         )

@@ -5,14 +5,14 @@ They share the safeguards of `adaptive`, steered by `relearn_after` as there.
 
 from typing import Any
 
-from optaxclip.adaptive import Transform, check_between, clip_learned
-from optaxclip.clipping import NonFinite, clip_by
-from optaxclip.elements import Moments, Shares
+from optaxclip._arguments import check_between, check_bound
+from optaxclip.adaptive import clip_learned
+from optaxclip.clipping import NonFinite, Transform, clip_by
+from optaxclip.elements import SecondMoments, Shares
 from optaxclip.history import MovingMean
-from optaxclip.learning import Learned
+from optaxclip.learning import Learned, RelearnAfter, relearn_after_of
 from optaxclip.norms import AxisName, By, Norm
 from optaxclip.responses import ShrinkAlike
-from optaxclip.thresholds import check_bound
 
 
 def spam_clip(
@@ -20,7 +20,7 @@ def spam_clip(
     *,
     decay: Any = 0.999,
     warmup: int = 25,
-    relearn_after: int | None = 25,
+    relearn_after: RelearnAfter = "auto",
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,
     stats: bool = True,
@@ -38,16 +38,16 @@ def spam_clip(
       decay: of the moving averages, in [0, 1).
       warmup: how many steps of a leaf its level starts from, >= 1. Static.
       relearn_after: >= warmup: steps in a row on which a leaf's largest element exceeds its
-        bound, after which its level starts anew from the last `warmup` steps. None: the paper's
-        rule. Static.
+        bound, after which its level starts anew from the last `warmup` steps. `"auto"`: 25, or
+        the warm-up if that is longer. None: the paper's rule. Static.
       nonfinite, axis_name, name: as in `clip_by` and `Norm`.
       stats: as in `clip_by_value`. With Adam a step takes 2.05 times as
         long as Adam alone, with False 1.86 (25 leaves of 1024x1024, 2 CPU cores).
 
     Returns:
-      A gradient transformation. Its state is one float32 array like the parameters (and 29
-      numbers a leaf). Its statistics count in bounds: `pre_clip_norm` is the largest `|g| / c` of
-      any element, beside a `threshold` of 1.
+      A gradient transformation. Its state is one float32 array like the parameters (and
+      `warmup + 3` numbers a leaf, with the safeguards). Its statistics count in bounds:
+      `pre_clip_norm` is the largest `|g| / c` of any element, beside a `threshold` of 1.
 
     Raises:
       ValueError: an argument out of its range; updates unlike the tree `init` saw.
@@ -82,12 +82,13 @@ def spam_clip(
     by at most a tenth a step, and starts from 1 (as if on one step before the first all elements
     had been as large as the largest); and zeros do not count.
     """
+    relearn_after = relearn_after_of(relearn_after, 25, warmup)
     if theta is None:
         theta = 5000.0 if relearn_after is None else 3.0
     check_bound(theta, "theta", schedule=False)
     check_between(decay, "decay", 0, 1, last=False)
     if relearn_after is None:
-        threshold: Any = Moments(theta, decay, warmup)
+        threshold: Any = SecondMoments(theta, decay, warmup)
     else:
         threshold = Shares(theta, decay, warmup, relearn_after)
     norm = Norm("element", axis_name=axis_name)
@@ -98,7 +99,7 @@ def adaclip(
     decay: Any = 0.999,
     *,
     warmup: int = 25,
-    relearn_after: int | None = 25,
+    relearn_after: RelearnAfter = "auto",
     by: By | Norm = "element",
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,
@@ -112,7 +113,8 @@ def adaclip(
       decay: of the moving average, in [0, 1).
       warmup: how many steps of a leaf the average starts from, >= 1. Static.
       relearn_after: >= warmup: steps in a row beyond the bound after which the average starts
-        anew from the last `warmup` steps. None: the paper's rule. Static.
+        anew from the last `warmup` steps. `"auto"`: 25, or the warm-up if that is longer. None:
+        the paper's rule. Static.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`. By `"leaf"`, leaves are scaled
         to the moving average of their norm.
 
@@ -149,6 +151,7 @@ def adaclip(
     the present step does not count for itself; and the safeguards.
     """
     check_between(decay, "decay", 0, 1, last=False)
+    relearn_after = relearn_after_of(relearn_after, 25, warmup)
     robust = relearn_after is not None
     threshold = Learned(MovingMean(decay, robust), warmup, relearn_after, ready=not robust)
     response = "rescale" if robust else ShrinkAlike()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from optaxclip._arguments import check_bound
 from optaxclip._leaves import Tree
 from optaxclip.norms import Bundles, Norm
 from optaxclip.thresholds import Context, Given, Threshold
@@ -17,6 +18,11 @@ class Split:
     shares: Literal["even", "size"]
 
     def init(self, norm: Norm, params: Tree) -> Tree:
+        if norm.by == "element" or norm.ord != 2:
+            raise ValueError(
+                "a split bound needs norms of order 2 of leaves, units or labels, whose squares add"
+                f" up, got by={norm.by!r} and ord={norm.ord}. Pass a number for each instead."
+            )
         return self.whole.init(norm, params)
 
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
@@ -48,7 +54,8 @@ def split_evenly(max_norm: Any) -> Threshold:
       A `Threshold`, in the place of a bound.
 
     Raises:
-      ValueError: C is negative or NaN.
+      ValueError: C is negative or NaN; used with a norm of elements, or of another order than 2.
+      TypeError: C is no number, such as a tree.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -60,6 +67,7 @@ def split_evenly(max_norm: Any) -> Threshold:
 
     Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963 (per-layer clipping).
     """
+    check_bound(max_norm, "max_norm")
     return Split(Given(max_norm, "max_norm"), "even")
 
 
@@ -75,7 +83,8 @@ def split_by_size(max_norm: Any) -> Threshold:
       A `Threshold`, in the place of a bound.
 
     Raises:
-      ValueError: C is negative or NaN.
+      ValueError: C is negative or NaN; used with a norm of elements, or of another order than 2.
+      TypeError: C is no number, such as a tree.
 
     Edge cases:
       Inside `jax.shard_map` it goes by the sizes that one device holds.
@@ -90,4 +99,5 @@ def split_by_size(max_norm: Any) -> Threshold:
 
     Source: McMahan, Ramage, Talwar & Zhang, arXiv 1710.06963 (per-layer clipping).
     """
+    check_bound(max_norm, "max_norm")
     return Split(Given(max_norm, "max_norm"), "size")

@@ -5,18 +5,14 @@ from the types by default) and `name=` (for `clip_stats`); see `clip_by` and `No
 guarantees and edge cases hold for each.
 """
 
-from typing import Any, Literal, TypeAlias
-
-import optax
+from typing import Any
 
 from optaxclip._leaves import LeafFn, Tree
-from optaxclip.clipping import NonFinite, clip_by
+from optaxclip.clipping import NonFinite, Transform, clip_by
 from optaxclip.norms import L2, AxisName, Norm
-from optaxclip.responses import Normalize, Rescale, Soften
+from optaxclip.responses import Normalize, Rescale, Soften, SoftShape
 from optaxclip.thresholds import ParamNorm, as_threshold
 from optaxclip.unit_axes import UnitAxes
-
-Transform: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 def clip_by_value(
@@ -31,8 +27,8 @@ def clip_by_value(
 
     Args:
       max_value: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
-      nonfinite: an infinity is clipped to c and NaN stays under `"propagate"` (as in
-        `optax.clip`); both become 0 under `"zero"`.
+      nonfinite: under `"propagate"` NaN stays, a real infinity is clipped to c (both as in
+        `optax.clip`), and a complex one becomes NaN; all become 0 under `"zero"`.
       axis_name: as in `Norm`, for the statistics.
       stats: False saves the pass over the gradient that measuring its largest element
         costs; then this equals `optax.clip` also in speed.
@@ -286,8 +282,8 @@ def agc(
     `G_i * min(1, c_i / ||G_i||)`.
 
     Args:
-      clipping: the largest ratio of gradient norm to parameter norm: a number >= 0 or a
-        traced scalar. Larger batches want smaller values.
+      clipping: the largest ratio of gradient norm to parameter norm: a number >= 0, a traced
+        scalar or a schedule. Larger batches want smaller values.
       eps: least parameter norm, so that units which start at zero can move.
       unit_axes: the axes one unit spans, as in `clip_by_unit_norm`. `"auto"` is Optax's
         rule, wrong for attention output projections, scanned stacks and embeddings: use
@@ -365,7 +361,7 @@ def normalize(
 def soft_clip(
     max_norm: Any,
     *,
-    shape: Literal["rational", "sqrt", "tanh"] = "rational",
+    shape: SoftShape = "rational",
     elementwise: bool = False,
     nonfinite: NonFinite = "propagate",
     axis_name: AxisName = None,

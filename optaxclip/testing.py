@@ -120,13 +120,14 @@ class Behaviour:
     """What a clipper did to the streams of `norm_streams`."""
 
     clip_rate: float
-    """Share of steady steps that were changed."""
+    """Share of steady steps that were changed, past the first 100."""
     spike: float
     """What a spike of 20 times the level passes as, in levels."""
     spike_after_early: float
     """The same, the worse of two, if another of 1000 times came in the first steps."""
     recovery_1_5: int | None
-    """Steps until the multiplier is back after a lasting rise by half; None: not in 300."""
+    """Steps after a lasting rise by half until the multiplier is back: its mean over the next 20 is
+    at least 0.9 of that over the 100 steps before the rise. None: not in 300, or not to stay."""
     recovery_3: int | None
     """The same after a threefold rise."""
     ramp: float

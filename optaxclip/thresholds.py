@@ -5,16 +5,14 @@ shape, so that bounds can be learned from history.
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optaxclip._leaves import Leaves, Tree
+from optaxclip._arguments import check_bound
+from optaxclip._leaves import Leaves, Tree, first_difference, place
 from optaxclip.norms import Bundles, Layout, Norm
 
 
@@ -88,31 +86,33 @@ class Given:
         return ()
 
     def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
-        def scalar(bound: Any) -> jax.Array:
+        def scalar(key_path: Any, bound: Any) -> jax.Array:
             bound = jnp.asarray(bound(context.count) if callable(bound) else bound)
             if bound.ndim:
                 raise ValueError(
-                    f"{self.argument} must be scalars, got shape {bound.shape}. For one bound a"
-                    " leaf or label, pass a tree of scalars."
+                    f"{self.argument}{jax.tree_util.keystr(key_path)} must be a scalar, got shape"
+                    f" {bound.shape}. Several bounds, one a leaf or label, are a tree of scalars; a"
+                    " global norm has one."
                 )
             return bound.astype(jnp.float32 if not norms else norms[0].dtype)
 
+        bounds = jax.tree.map_with_path(scalar, self.bounds)
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.bounds)):
-            return (scalar(self.bounds),) * len(norms), state
+            return (bounds,) * len(norms), state
         layout = context.layout
         if context.norm.by == "group":
-            bounds = self._by_label(layout)
-            return layout.bundle([scalar(bounds[label]) for label in layout.names]), state
+            self._check_labels(layout)
+            return layout.bundle([bounds[label] for label in layout.names]), state
         if context.norm.by == "global":
             raise ValueError(
                 f"{self.argument} must be one bound for a global norm, got a tree:"
                 f" {self.bounds!r}. Use clip_by_leaf_norm or clip_by_group_norm for several."
             )
-        per_leaf = context.updates.from_prefix(self.bounds, self.argument)
-        return layout.bundle([scalar(bound) for bound in per_leaf]), state
+        return layout.bundle(context.updates.from_prefix(bounds, self.argument)), state
 
-    def _by_label(self, layout: Layout) -> Mapping[str, Any]:
-        if not isinstance(self.bounds, Mapping):
+    def _check_labels(self, layout: Layout) -> None:
+        flat = isinstance(self.bounds, Mapping) and jax.tree_util.all_leaves(self.bounds.values())
+        if not flat:
             raise TypeError(
                 f"{self.argument} must map labels to bounds, got {self.bounds!r}. Pass a dict"
                 f" with the keys {list(layout.names)}."
@@ -123,13 +123,12 @@ class Given:
             problem = f"no leaf is labelled {unused[0]!r}" if unused else ""
             if missing:
                 leaf = layout.paths[layout.members[layout.names.index(missing[0])][0]]
-                problem = f"label {missing[0]!r} (of {leaf}) has no bound"
+                problem = f"label {missing[0]!r} (of {place(leaf)}) has no bound"
             raise ValueError(
                 f"every label needs a bound and every bound a leaf, got bounds for"
                 f" {sorted(self.bounds)} and leaves labelled {list(layout.names)}: {problem}. Make"
                 " the two agree; float('inf') leaves a group unclipped."
             )
-        return self.bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +152,13 @@ class ParamNorm:
                 "a bound relative to the parameters needs params, got None. Call"
                 " tx.update(grads, state, params)."
             )
-        params = context.norm.leaves(context.params)
+        params, updates = context.norm.leaves(context.params), context.updates
         shapes = [x.shape for x in params.arrays]
-        if params.paths != context.updates.paths or shapes != [
-            x.shape for x in context.updates.arrays
-        ]:
+        if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
+            where = "in params", "in updates"
             raise ValueError(
                 "params and updates must have the same leaves, got"
-                f" {_first_difference(params, context.updates)}. Pass the parameters the"
+                f" {first_difference(params.named, updates.named, where)}. Pass the parameters the"
                 " gradient was taken for."
             )
 
@@ -175,6 +173,11 @@ class ParamNorm:
 
 def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
     """`value` if it is a threshold already, else the bounds it gives."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{argument} must be a bound or a Threshold, got the class {value.__name__}. Make one"
+            f" of it: {value.__name__}(...)."
+        )
     return value if isinstance(value, Threshold) else Given(value, argument)
 
 
@@ -182,38 +185,3 @@ def non_negative(bounds: Bundles) -> Bundles:
     """Each bound or 0; NaN stays. One bound for all stays one array."""
     clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
     return tuple(clamped[id(bound)] for bound in bounds)
-
-
-def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
-    """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
-    if (schedule and callable(value)) or isinstance(value, jax.Array | np.ndarray):
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{argument} must be a number{', a schedule' if schedule else ''} or a scalar array,"
-            f" got {value!r}. Pass for example 1.0{' or optax.linear_schedule' * schedule}."
-        )
-    number = float(value)
-    if math.isnan(number) or number < 0:
-        raise ValueError(
-            f"{argument} must be >= 0, got {value!r}. Pass 0 or more; float('inf') never clips."
-        )
-
-
-def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
-    """Raises unless a number lies from `low` to `high`; an array is taken as it is."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return check_bound(value, argument, schedule=False)
-    if not low <= float(value) <= high or (value == high and not last):
-        raise ValueError(
-            f"{argument} must be from {low} to {high}{'' if last else ', below it'}, got {value}."
-            f" Pass for example {(low + 9 * high) / 10:g}."
-        )
-    return None
-
-
-def _first_difference(params: Leaves, updates: Leaves) -> str:
-    for p, x, q, y in zip(params.paths, params.arrays, updates.paths, updates.arrays, strict=False):
-        if p != q or x.shape != y.shape:
-            return f"{p} {x.shape} in params and {q} {y.shape} in updates"
-    return f"{len(params.paths)} leaves in params and {len(updates.paths)} in updates"

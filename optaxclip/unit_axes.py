@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 
-from optaxclip._leaves import LeafFn
+from optaxclip._leaves import LeafFn, place
 
 UnitAxes = Literal["auto"] | int | tuple[int, ...] | LeafFn
 
@@ -28,7 +28,7 @@ def resolve(unit_axes: UnitAxes, path: str, x: Any) -> tuple[int, ...]:
     if not all(-x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
             f"unit_axes must be axes of the leaf, got {given!r} for shape {x.shape} at"
-            f" {path}. Use 'auto', an int, a tuple, or a function (path, leaf) -> axes."
+            f" {place(path)}. Use 'auto', an int, a tuple, or a function (path, leaf) -> axes."
         )
     return tuple(sorted({a % x.ndim for a in axes}))
 
@@ -42,8 +42,8 @@ def by_rank(path: str, x: Any) -> tuple[int, ...]:
     if x.ndim in (4, 5):
         return tuple(range(x.ndim - 1))
     raise ValueError(
-        f"unit_axes='auto' knows ranks up to 5, got shape {x.shape} at {path}. Pass a function"
-        " (path, leaf) -> axes, such as optaxclip.flax_unit_axes."
+        f"unit_axes='auto' knows ranks up to 5, got shape {x.shape} at {place(path)}. Pass a"
+        " function (path, leaf) -> axes, such as optaxclip.flax_unit_axes."
     )
 
 

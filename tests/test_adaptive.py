@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optaxclip
+from optaxclip.learning import relearn_after_of
 from optaxclip.testing import multipliers
 
 INF = float("inf")
@@ -67,18 +68,30 @@ def test_zclip(norms, mode, max_norm):
     same(tx, norms, clipped(norms, np.minimum(bounds, max_norm)))
 
 
-def test_adagc(norms):
-    ratio, decay, largest, warmup = 1.1, 0.9, 0.12, 10
-    out, gamma = [], np.full(2, INF)
-    for t, n in enumerate(norms):
+@pytest.mark.parametrize(("traced", "counts_as"), [(9900.0, 100), (-50.0, 0)])
+def test_a_traced_percentile_beyond_the_ends_is_the_end(norms, traced, counts_as):
+    beyond, end = (
+        multipliers(optaxclip.autoclip(p, window=16, by="leaf"), norms[:40])
+        for p in (jnp.array(traced), counts_as)
+    )
+    np.testing.assert_array_equal(beyond, end)
+
+
+@pytest.mark.parametrize("leaves", [2, 1], ids=["two leaves", "one without a gradient"])
+@pytest.mark.parametrize("largest", [0.12, 0.05])
+def test_adagc(norms, leaves, largest):
+    ratio, decay, warmup = 1.1, 0.9, 10
+    out, gamma = [], np.full(leaves, INF)
+    for t, n in enumerate(norms[:, :leaves]):
         if t < warmup:
-            out.append(np.full(2, min(1, largest / np.sqrt(np.sum(n**2)))))
+            out.append(np.full(leaves, min(1, largest / np.sqrt(np.sum(n**2)))))
             gamma = np.minimum(gamma, n * out[-1])
         else:
             out.append(clipped(n, ratio * gamma))
             gamma = decay * gamma + (1 - decay) * n * out[-1]
     tx = optaxclip.adagc(ratio, decay=decay, max_norm=largest, warmup=warmup, relearn_after=None)
-    same(tx, norms, np.array(out))
+    found = multipliers(tx, norms * (np.arange(2) < leaves))[:, :leaves]
+    np.testing.assert_allclose(found, np.array(out), rtol=2e-6)
 
 
 def history(n, k, window):
@@ -149,20 +162,51 @@ def test_only_the_first_argument_is_positional(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: optaxclip.autoclip(101), r"percentile must be from 0 to 100, got 101\. Pass"),
+        (lambda: optaxclip.autoclip(101), r"percentile must be in \[0, 100\], got 101\. Pass"),
         (lambda: optaxclip.autoclip(window=0), r"window must be >= 1, got 0"),
-        (lambda: optaxclip.zclip(decay=1.0), r"decay must be from 0 to 1, below it, got 1\.0"),
+        (lambda: optaxclip.zclip(decay=1.0), r"decay must be in \[0, 1\), got 1\.0"),
         (lambda: optaxclip.zclip(-1.0), r"z_threshold must be >= 0, got -1\.0"),
         (lambda: optaxclip.zclip(mode="z"), r"unknown mode, got 'z'\. Use one of"),
         (lambda: optaxclip.zclip(relearn_after=24), r"relearn_after must be >= 25, .*got 24"),
+        (lambda: optaxclip.zclip(relearn_after="never"), r"\"auto\", a whole number.*got 'never'"),
         (lambda: optaxclip.adagc(max_norm=-2), r"max_norm must be >= 0, got -2"),
         (lambda: optaxclip.clip_by_history(relearn_after=0), r"relearn_after must be >= 1, got 0"),
-        (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be from 0 to 1, got 1\.5"),
+        (lambda: optaxclip.clip_by_history(window=1), r"window must be >= 2, got 1\. Pass 2 or"),
+        (lambda: optaxclip.clip_by_quantile(init=0), r"init must be > 0, got 0\. Pass for"),
+        (lambda: optaxclip.clip_by_quantile(step_size=0.0), r"step_size must be > 0, got 0\.0"),
+        (
+            lambda: optaxclip.zclip(by=optaxclip.Norm("leaf"), axis_name="data"),
+            r"part of a Norm, got axis_name='data' beside one\. Pass it inside: by=Norm\(\.\.\.",
+        ),
+        (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be in \[0, 1\], got 1\.5"),
     ],
 )
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("value", "usual", "warmup", "expected"),
+    [("auto", 25, 4, 25), ("auto", 25, 50, 50), (30, 25, 4, 30), (None, 25, 50, None)],
+)
+def test_relearn_after_follows_a_longer_warm_up(value, usual, warmup, expected):
+    assert relearn_after_of(value, usual, warmup) == expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optaxclip.clip_by_history(window=256),
+        lambda: optaxclip.skip_outliers(optax.identity(), window=256),
+        lambda: optaxclip.zclip(warmup=50),
+        lambda: optaxclip.adagc(warmup=200),
+        lambda: optaxclip.spam_clip(warmup=50),
+        lambda: optaxclip.adaclip(warmup=50),
+    ],
+)
+def test_a_longer_warm_up_needs_no_other_argument(make):
+    jax.eval_shape(make().init, [jnp.ones(2)])
 
 
 def test_arguments_of_the_wrong_kind():
@@ -176,8 +220,13 @@ def test_arguments_of_the_wrong_kind():
 def test_a_state_of_another_tree():
     tx = optaxclip.zclip(by="unit")
     state = tx.init([jnp.ones((2, 300))])
-    with pytest.raises(ValueError, match=r"norms that init saw, got 400 for 300\. Call init with"):
+    with pytest.raises(
+        ValueError, match=r"init saw, got 400 for 300, of the leaves 0 \(2, 400\)\."
+    ):
         tx.update([jnp.ones((2, 400))], state)
+    tx = optaxclip.adaclip()
+    with pytest.raises(ValueError, match=r"5 for 1, of the leaves 0 \(2,\), .* and 2 more\. Call"):
+        tx.update([jnp.ones(2)] * 5, tx.init([jnp.ones(2)]))
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -43,7 +43,7 @@ def test_inside_the_bound_every_bit_stays(dtype, by):
     """Also at the bound itself, negative zeros and subnormal numbers."""
     with jax.enable_x64(dtype == "float64"):
         tree = {"v": jnp.array([3.0, -4.0, -0.0], dtype), "w": jnp.array([0.0, -0.5], dtype)}
-        norm = Norm(by, unit_axes=0)
+        norm = Norm(by, unit_axes=0) if by == "unit" else Norm(by)
         largest = {"global": np.sqrt(25.25), "element": 4.0}.get(by, 5.0)
         step = jax.jit(lambda c: clip_by(norm, c).update(tree, clip_by(norm, c).init(tree))[0])
         for bound in (largest * (1 + 1e-7), INF, *([5.0, 1e30] if by != "global" else [])):
@@ -129,6 +129,16 @@ def test_nonfinite_leaves_propagate_or_become_zero(bad, jit):
             assert (only(state).nonfinite_count, only(state).count) == (1, 2)
 
 
+@pytest.mark.parametrize("bad", [complex(np.inf, 1), complex(0, -np.inf)], ids=str)
+def test_a_complex_infinity_has_no_direction_to_be_clipped_in(bad):
+    grads = [jnp.array([bad, 3 + 4j])]
+    for nonfinite, is_expected in {"propagate": jnp.isnan, "zero": lambda x: x == 0}.items():
+        tx = optaxclip.clip_by_value(1.0, nonfinite=nonfinite)
+        first, second = tx.update(grads, tx.init(grads))[0][0]
+        assert is_expected(first)
+        np.testing.assert_allclose(second, 0.6 + 0.8j, rtol=1e-6)
+
+
 def test_one_bad_element_spoils_the_global_gradient_unless_zeroed():
     grads = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)}
     for nonfinite, check in {"propagate": jnp.isnan, "zero": lambda x: x == 0}.items():
@@ -192,7 +202,8 @@ def test_another_tree_than_at_init():
 @pytest.mark.parametrize("response", ["rescale", "sqrt", "normalize"])
 def test_norms_before_and_after_are_those_of_the_gradient(ord, by, response):
     grads = example_tree()
-    norm = Norm(by, ord, unit_axes=lambda path, x: tuple(range(x.ndim)))
+    whole = {"unit_axes": lambda path, x: tuple(range(x.ndim))} if by == "unit" else {}
+    norm = Norm(by, ord, **whole)
     tx = clip_by(norm, 0.3, response)
     updates, state = tx.update(grads, tx.init(grads))
     groups = [jax.tree.leaves(grads)] if by == "global" else [[x] for x in jax.tree.leaves(grads)]

@@ -50,9 +50,26 @@ def test_extreme_logits_have_finite_values_and_slopes():
 
 
 def test_an_infinite_tau_is_cross_entropy():
-    logits, labels = jnp.array([[0.0, 50.0], [3.0, 1.0]]), jnp.array([0, 1])
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(phuber_cross_entropy(logits, labels, jnp.inf), expected)
+    logits = jnp.array([[0.0, 50.0], [3.0, 1.0], [-jnp.inf, 0.0]])
+    labels = jnp.array([0, 1, 1])
+
+    def cross_entropy(logits):
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    expected = jax.value_and_grad(cross_entropy)(logits)
+    for tau in (np.inf, jnp.array(jnp.inf)):
+        value, slope = jax.value_and_grad(
+            lambda x, tau=tau: jnp.sum(phuber_cross_entropy(x, labels, tau))
+        )(logits)
+        np.testing.assert_allclose(value, expected[0])
+        np.testing.assert_allclose(slope, expected[1], atol=1e-7)
+
+
+def test_labels_out_of_range_are_as_the_docstring_says():
+    logits = jnp.array([[1.0, 2.0, 3.0]] * 3)
+    above, below, last = phuber_cross_entropy(logits, jnp.array([3, -1, 2]))
+    assert np.isnan(above)
+    assert below == last
 
 
 def huberised(margin, tau):

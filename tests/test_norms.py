@@ -14,7 +14,8 @@ ORDS = [1, 2, 3, 1.5, 7, INF, "rms"]
 
 def measure(tree, by="global", ord=2, *, jit=False, **kw):
     """The norms, in the order of the layout's names, and the names."""
-    norm = Norm(by, ord, **kw)
+    of = {"unit_axes": "unit", "labels": "group"}
+    norm = Norm(by, ord, **{k: v for k, v in kw.items() if of.get(k, by) == by})
     layout = norm.layout(norm.leaves(tree))
 
     def run(tree):
@@ -270,6 +271,12 @@ def measure_one(x, ord):
     return sum(jnp.sum(n) for n in jax.tree.leaves(norm.measure(leaves, norm.layout(leaves))))
 
 
+def test_a_leaf_for_which_axis_name_gives_none_is_whole():
+    tree = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    norms, _ = measure(tree, axis_name=lambda path, leaf: None if path == "a" else ())
+    assert norms.tolist() == [5.0]
+
+
 # --- mistakes ---
 
 
@@ -291,6 +298,21 @@ def test_unknown_grouping():
         Norm("group")
 
 
+@pytest.mark.parametrize("by", ["global", "leaf", "element", "group"])
+@pytest.mark.parametrize("axes", [0, (1,), "rows", lambda path, x: 0])
+def test_unit_axes_of_another_norm(by, axes):
+    labels = "p" if by == "group" else None
+    with pytest.raises(ValueError, match=rf"go with by='unit', got .* for by='{by}'\. Pass by='un"):
+        Norm(by, unit_axes=axes, labels=labels)
+    Norm(by, unit_axes="auto", labels=labels)
+
+
+@pytest.mark.parametrize("by", ["global", "leaf", "element", "unit"])
+def test_labels_of_another_norm(by):
+    with pytest.raises(ValueError, match=rf"go with by='group', got 'p' for by='{by}'\. Pass by="):
+        Norm(by, labels="p")
+
+
 @pytest.mark.parametrize(
     "axes",
     [2, -3, (0, 5), "rows", None, 0.5, lambda path, x: 9, lambda path, x: None],
@@ -304,6 +326,8 @@ def test_unit_axes_that_the_leaf_lacks(axes):
 def test_automatic_units_stop_at_rank_five():
     with pytest.raises(ValueError, match=r"at layer/w\. Pass a function \(path, leaf\) -> axes"):
         measure({"layer": {"w": jnp.ones((2,) * 6)}}, "unit")
+    with pytest.raises(ValueError, match=r"at the root\. Pass a function"):
+        measure(jnp.ones((2,) * 6), "unit")
 
 
 def test_numpy_integers_are_axes():
@@ -317,6 +341,8 @@ def test_labels_must_be_strings_for_every_leaf():
         measure({"a": jnp.ones(2), "b": jnp.ones(2)}, "group", labels={"a": "p", "b": 3})
     with pytest.raises(TypeError, match=r"labels must be strings, got None at a\. Give every"):
         measure({"a": jnp.ones(2)}, "group", labels=lambda path, leaf: None)
+    with pytest.raises(TypeError, match=r"labels must be strings, got None at the root\. Give"):
+        measure(jnp.ones(2), "group", labels=lambda path, leaf: None)
     with pytest.raises(
         ValueError, match=r"labels must be a tree prefix of the updates(.|\n)*key sets is\s+\S*b"
     ):

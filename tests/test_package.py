@@ -1,5 +1,6 @@
 """The wheel and the sdist: what is in them, what importing them does, what type checkers see."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -121,6 +122,28 @@ def test_the_sdist_holds_what_its_tests_read(built):
         if name not in names and not any(n.startswith(f"{name}/") for n in names)
     ] == []
     assert [name for name in names if "_build" in name or ".venv" in name] == []
+
+
+def test_each_room_imports_only_rooms_below_it():
+    """Of the table in CONTRIBUTING, imports inside functions included."""
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    rooms = [re.sub(r"/|\.py$", "", name) for row in table for name in re.findall("`(.*?)`", row)]
+    package = ROOT / "optaxclip"
+    seen = [(p.relative_to(package).parts[0].removesuffix(".py"), p) for p in package.rglob("*.py")]
+    assert {room for room, _ in seen} == {*rooms}
+    upward = []
+    for room, path in seen:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{a.name}" for a in node.names]
+            below = {room, *rooms[rooms.index(room) + 1 :]}
+            upward += [
+                f"{path.name}:{node.lineno} imports {name}"
+                for name in names
+                if name.split(".")[0] == "optaxclip" and name.split(".")[1] not in below
+            ]
+    assert upward == []
 
 
 def test_one_version_and_one_date():

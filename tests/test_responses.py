@@ -102,7 +102,7 @@ def test_a_class_instead_of_an_object():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"unknown shape, got 'cubic'\. Use 'rational'"):
+    with pytest.raises(ValueError, match=r"unknown shape, got 'cubic'\. Use one of \('rational'"):
         Soften("cubic")
     for response in (Rescale, Normalize):
         with pytest.raises(ValueError, match=r"eps must be >= 0, got -1"):

@@ -190,7 +190,16 @@ def test_the_derivative_is_that_of_the_function():
         np.testing.assert_allclose(slope, (ahead - back) / (2 * h), atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_a_nan_bound_that_is_traced_shows(method, soft):
+    x = matrix((3, 4), 2.0, 0)
+    assert np.isnan(clip_traced[soft, method](jnp.asarray(x), jnp.nan)).all()
+
+
 def test_errors():
+    with pytest.raises(TypeError, match=r"max_value must be a number, a schedule .*got Split"):
+        clip_singular_values(optaxclip.split_evenly(1.0))
     with pytest.raises(ValueError, match=r"unknown method, got 'qr'\. Use one of"):
         clip_singular_values(1.0, method="qr")
     with pytest.raises(ValueError, match=r"max_value must be >= 0, got -1"):

@@ -173,18 +173,24 @@ def test_the_state_of_adaclip_is_small():
 @pytest.mark.parametrize("relearn_after", [25, None])
 def test_a_state_of_another_tree(relearn_after):
     tx = optaxclip.spam_clip(relearn_after=relearn_after)
-    with pytest.raises(ValueError, match="leaves that init saw, got 1 for 1, or other shapes"):
+    with pytest.raises(ValueError, match=r"saw, got 0 \(3,\) in init and 0 \(2,\) in the updates"):
         tx.update([jnp.ones(2)], tx.init([jnp.ones(3)]))
+    with pytest.raises(ValueError, match=r"got w \(3,\) in init and v \(3,\) in the updates\."):
+        tx.update({"v": jnp.ones(3), "w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))
+    with pytest.raises(ValueError, match=r"got 1 leaves in init and 2 in the updates\. Call"):
+        tx.update([jnp.ones(3)] * 2, tx.init([jnp.ones(3)]))
+    with pytest.raises(ValueError, match=r"got the root \(3,\) in init and the root \(2,\) in the"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(3)))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: optaxclip.spam_clip(-1.0), r"theta must be >= 0, got -1\.0"),
-        (lambda: optaxclip.spam_clip(decay=1.0), r"decay must be from 0 to 1, below it, got 1\.0"),
+        (lambda: optaxclip.spam_clip(decay=1.0), r"decay must be in \[0, 1\), got 1\.0"),
         (lambda: optaxclip.spam_clip(relearn_after=3), r"relearn_after must be >= 25, .*got 3"),
         (lambda: optaxclip.spam_clip(warmup=0, relearn_after=None), r"warmup must be >= 1, got 0"),
-        (lambda: optaxclip.adaclip(1.5), r"decay must be from 0 to 1, below it, got 1\.5"),
+        (lambda: optaxclip.adaclip(1.5), r"decay must be in \[0, 1\), got 1\.5"),
         (lambda: optaxclip.adaclip(by="rows"), r"unknown norm, got 'rows'"),
     ],
 )

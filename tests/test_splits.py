@@ -60,3 +60,19 @@ def test_bounds_are_checked(split):
         split(-1.0)
     with pytest.raises(TypeError, match="max_norm"):
         split("big")
+    with pytest.raises(TypeError, match=r"max_norm must be a number.*got \{'w': 1\.0, 'b': 2\.0\}"):
+        split({"w": 1.0, "b": 2.0})
+
+
+@pytest.mark.parametrize("split", SHARES)
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (optaxclip.clip_by_value, r"by='element'"),
+        (lambda c: optaxclip.clip_by_leaf_norm(c, ord=1), r"ord=1"),
+        (optaxclip.clip_by_leaf_rms, r"ord=rms"),
+    ],
+)
+def test_norms_that_do_not_add_up(split, make, got):
+    with pytest.raises(ValueError, match=rf"needs norms of order 2.*got .*{got}.*Pass"):
+        make(split(2.0)).init(GRADS)

@@ -246,7 +246,7 @@ def test_unknown_arguments():
     ):
         with pytest.raises(ValueError, match=r"unknown ord, got 'l2'\. Use 1, 2"):
             make(1.0, ord="l2")
-    with pytest.raises(ValueError, match=r"unknown shape, got 'cubic'\. Use 'rational'"):
+    with pytest.raises(ValueError, match=r"unknown shape, got 'cubic'\. Use one of \('rational'"):
         optaxclip.soft_clip(1.0, shape="cubic")
 
 

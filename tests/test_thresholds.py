@@ -7,6 +7,7 @@ from oracles import assert_close, assert_same_bits
 
 import optaxclip
 from optaxclip import clip_by, clip_by_global_norm, clip_by_group_norm, clip_by_leaf_norm
+from optaxclip.thresholds import ParamNorm
 
 GRADS = {"a": jnp.array([3.0, 4.0]), "b": {"c": jnp.array([6.0, 8.0]), "d": jnp.array([0.0, 2.0])}}
 
@@ -235,10 +236,19 @@ def test_agc_takes_no_schedule(argument):
 
 
 def test_a_bound_that_is_no_scalar():
-    with pytest.raises(ValueError, match=r"max_norm must be scalars, got shape \(2,\)\. For one"):
+    with pytest.raises(ValueError, match=r"max_norm must be a scalar, got shape \(2,\)\. Several"):
         update(clip_by_global_norm(jnp.ones(2)))
-    with pytest.raises(ValueError, match=r"max_norm must be scalars, got shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"max_norm\['a'\] must be a scalar, got shape \(1,\)"):
         update(clip_by_leaf_norm({"a": jnp.ones(1), "b": 1.0}))
+    with pytest.raises(ValueError, match=r"max_norms\['q'\] must be a scalar, got shape \(1,\)"):
+        update(clip_by_group_norm({"p": 1.0, "q": lambda count: jnp.ones(1)}, {"a": "p", "b": "q"}))
+
+
+@pytest.mark.parametrize("argument", MADE_WITH)
+def test_a_class_is_no_bound(argument):
+    """Its missing parentheses would otherwise show in `init`, or make it a schedule."""
+    with pytest.raises(TypeError, match=r"got (the class|<class).*ParamNorm.*\. (Make|Pass)"):
+        MADE_WITH[argument](ParamNorm)
 
 
 def test_a_tree_for_a_global_norm():
@@ -268,3 +278,5 @@ def test_labels_and_bounds_that_disagree(bounds, problem):
 def test_bounds_of_groups_are_a_dict():
     with pytest.raises(TypeError, match=r"max_norms must map labels to bounds.*keys \['p'\]"):
         update(clip_by_group_norm([1.0], "p"))
+    with pytest.raises(TypeError, match=r"got \{'p': \{'q': 1\.0\}\}\. Pass a dict with the keys"):
+        update(clip_by_group_norm({"p": {"q": 1.0}}, "p"))

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._arguments import check_bound
 from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
 from optaxclip.per_example.clipped_sum import Clipping
 from optaxclip.per_example.costs import Method
 from optaxclip.per_example.schedules import check_method
-from optaxclip.thresholds import check_bound
 
 Tree = Any
 

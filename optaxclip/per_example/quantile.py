@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaxclip._arguments import check_between, check_bound
 from optaxclip._leaves import Tree
 from optaxclip.norms import Bundles, Norm
-from optaxclip.thresholds import Context, Threshold, check_between, check_bound
+from optaxclip.thresholds import Context, Threshold
 
 
 class QuantileState(NamedTuple):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
+from optaxclip._arguments import check_between, check_bound, check_count
 from optaxclip._leaves import Leaves
 from optaxclip._reductions import accumulator, largest
 from optaxclip._statistics import (
@@ -22,14 +23,13 @@ from optaxclip._statistics import (
     record_examples,
 )
 from optaxclip.clipping import ClipState
-from optaxclip.learning import check_count
 from optaxclip.norms import Norm
 from optaxclip.per_example.forms import Form
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.trees import cast, masked
 from optaxclip.responses import Drop, Rescale, Response
-from optaxclip.thresholds import Context, as_threshold, check_between, check_bound, non_negative
+from optaxclip.thresholds import Context, as_threshold, non_negative
 
 Tree = Any
 Arrays = list[jax.Array]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.learning import check_count
 from optaxclip.robustness.inputs import (
     Bounds,
     Fun,

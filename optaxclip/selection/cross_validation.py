@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.learning import check_count
 from optaxclip.selection.folds import check_data, split
 from optaxclip.selection.folds import tables as tables_of
 from optaxclip.selection.results import CrossValidation

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.thresholds import check_between
+from optaxclip._arguments import check_between
 
 
 def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:

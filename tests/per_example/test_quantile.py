@@ -113,7 +113,7 @@ def test_noise_differs_from_step_to_step_and_key_to_key():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quantile": 1.5}, "quantile must be from 0 to 1, got 1.5"),
+        ({"quantile": 1.5}, r"quantile must be in \[0, 1\], got 1.5"),
         ({"step_size": -1.0}, "step_size must be >= 0, got -1.0"),
         ({"init": 0.0}, "init must be > 0 and finite, got 0.0"),
         ({"noise": 1.0}, "noise and key go together, got noise=1.0 and key=None"),

@@ -200,9 +200,9 @@ def test_low_precision_leaves_keep_their_dtype():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: trim_by_norm(1.0), "fraction must be from 0 to 1, below it, got 1.0"),
-        (lambda: trim_by_norm(-0.1), "fraction must be from 0 to 1, below it, got -0.1"),
-        (lambda: coordinate_trimmed_mean(0.5), "fraction must be from 0 to 0.5, below it"),
+        (lambda: trim_by_norm(1.0), r"fraction must be in \[0, 1\), got 1.0"),
+        (lambda: trim_by_norm(-0.1), r"fraction must be in \[0, 1\), got -0.1"),
+        (lambda: coordinate_trimmed_mean(0.5), r"fraction must be in \[0, 0.5\), got 0.5"),
         (lambda: centered_clip(-1.0), "max_norm must be >= 0, got -1.0"),
         (lambda: centered_clip(1.0, iterations=0), "iterations must be >= 1, got 0"),
         (lambda: geometric_median(iterations=0), "iterations must be >= 1, got 0"),

@@ -1,0 +1,68 @@
+"""What the numbers among a clipper's arguments may be, checked when it is made.
+
+What is traced has no value yet, and is taken as it is.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
+    """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
+    is_schedule = schedule and callable(value) and not isinstance(value, type)
+    if is_schedule or isinstance(value, jax.Array | np.ndarray):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{argument} must be a number{', a schedule' if schedule else ''} or a scalar array,"
+            f" got {value!r}. Pass for example 1.0{' or optax.linear_schedule' * schedule}."
+        )
+    number = float(value)
+    if math.isnan(number) or number < 0:
+        raise ValueError(
+            f"{argument} must be >= 0, got {value!r}. Pass 0 or more; float('inf') never clips."
+        )
+
+
+def check_positive(value: Any, argument: str) -> None:
+    """Raises unless a number is > 0."""
+    check_bound(value, argument, schedule=False)
+    if isinstance(value, numbers.Real) and value == 0:
+        raise ValueError(f"{argument} must be > 0, got {value!r}. Pass for example 0.1.")
+
+
+def check_at_least(value: Any, argument: str, least: int) -> None:
+    """Raises unless a number is >= `least`."""
+    check_bound(value, argument, schedule=False)
+    if isinstance(value, numbers.Real) and value < least:
+        raise ValueError(f"{argument} must be >= {least}, got {value}. Pass {least} or more.")
+
+
+def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
+    """Raises unless a number lies from `low` to `high`, which itself is allowed if `last`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return check_bound(value, argument, schedule=False)
+    if not low <= float(value) <= high or (value == high and not last):
+        interval = f"[{low:g}, {high:g}{']' if last else ')'}"
+        raise ValueError(
+            f"{argument} must be in {interval}, got {value}. Pass for example"
+            f" {(low + 9 * high) / 10:g}."
+        )
+    return None
+
+
+def check_count(value: Any, argument: str, *, least: int = 1) -> None:
+    """Raises unless `value` is a whole number >= `least`, known when the clipper is made."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{argument} must be static, got {value}. With optax.inject_hyperparams, pass"
+            f" static_args=('{argument}',)."
+        )
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{argument} must be a whole number, got {value!r}. Pass for example 25.")
+    if value < least:
+        raise ValueError(f"{argument} must be >= {least}, got {value}. Pass {least} or more.")
