@@ -82,21 +82,25 @@ HEAD = (
 PAGE = """# What each clipper does over time
 
 `benchmarks/behaviour.py` drives every clipper through its public `update` with synthetic norms:
-log-normal, sigma 0.1, at a level of 0.1. Fixed bounds are at 1.2 levels. "Published" is
-`relearn_after=None`.
+log-normal, sigma 0.1, around a usual norm of 0.1, the level. On step 300 of 600 something happens:
+a spike, a lasting rise, a ramp, a NaN. The multiplier is the norm after clipping over the norm
+before. Fixed bounds are 1.2 times the level. "Published" is `relearn_after=None`.
 
 ![The multipliers over time](behaviour.png)
 
 What the columns of the table mean:
 
 * **steady: clipped**: share of steps changed at a steady level.
-* **a 20x spike passes as**, also **after one** of 1000 times **in the warm-up**: in levels.
-* **recovery**: steps until the multiplier is back, after the level has risen for good.
+* **a 20x spike passes as**: how large a spike of 20 times the level is after clipping, in multiples
+  of the level; then the same if a spike of 1000 times came during the **warm-up**, the first steps
+  from which a clipper learns its first bound.
+* **recovery**: steps until the multiplier is back, after the level has risen for good; "never" is
+  not within the 300 steps that are left.
 * **least on the ramp**: the smallest multiplier while the level rises tenfold over 300 steps.
 * **NaN forgotten**: whether steps after a NaN or an infinity are as if it had not been. The
   published rules here are without their usual fault: nothing is learned from norms that are not
   finite.
-* **waking leaf**: the multiplier of a leaf's first gradient after 300 steps of zeros.
+* **waking leaf**: the multiplier of the first gradient of a leaf that had none for 300 steps.
 * **constant**: the smallest multiplier of norms that do not vary.
 
 <!-- table -->
@@ -169,7 +173,7 @@ def plot(factors: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     axes[0, -1].legend(frameon=False, fontsize=9, loc="lower left")
     figure.supxlabel("step", fontsize=10)
     figure.suptitle("What the gradient is multiplied by (mean of 10 steps)", fontsize=11)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -6,15 +6,20 @@
 Host devices share the machine's cores, so that times say what a program costs in all, and not how
 it scales; collectives between them are copies in memory. The counts are those of any machine
 whose XLA partitions alike. The last table works out from them what a step costs on a cluster,
-under the assumptions printed with it (docs/meshes.md). Prints markdown; JSON with `--json`.
+under the assumptions printed with it. Prints markdown; writes JSON with `--json`, and `--markdown`
+fills the tables of the documentation's page in; with `--rows` from rows measured before:
+
+    python benchmarks/sharded.py --json out/sharded.json --markdown docs/meshes.md
+    python benchmarks/sharded.py --rows out/sharded.json --markdown docs/meshes.md
 """
 
 import argparse
 import functools
 import json
-import math
 import os
+import re
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before j
 import jax
 import jax.numpy as jnp
 import optax
+from _cluster import cluster_section
 from _collectives import collectives
 from _measure import compiled, interleaved, machine, ratios
 from jax.sharding import AxisType, NamedSharding
@@ -52,57 +58,61 @@ LAYOUTS = {
     "2x4, explicit axes": ((2, 4), AxisType.Explicit, (P("data", "model"), P("model", "data"))),
 }
 DEVICES = (1, 2, 4, 8)
-# What the table for a cluster assumes.
-CLUSTER = {
-    "devices": 1000,
-    "layers": 80,
-    "width": 10240,
-    "tokens in a batch": 4e6,
-    "sustained FLOP/s of a device": 4e14,
-    "memory bytes/s of a device": 3e12,
-    "network bytes/s of a device": 25e9,
-    "seconds a hop": 5e-6,
-    "leaves a layer": 7,
-    "units a layer over the width": 9,
-}
-# Bytes that a clipper reads and writes for each element of float32, besides what Adam does anyway,
-# and of what there is one number in its all-reduce.
-TRAFFIC = {
-    "value": (4, "leaves"),
-    "global": (4, "leaves"),
-    "rms": (4, "leaves"),
-    "agc": (8, "units"),
-    "zclip": (4, "leaves"),
-    "adagc": (4, "leaves"),
-    "spam": (16, "leaves"),
-    "skip_nonfinite, global": (4, "leaves"),
-}
 
 
 def main() -> None:
     """Measures and prints the tables."""
     args = _arguments()
-    width, leaves, rounds = (128, 6, 3) if args.quick else (1024, 12, 15)
-    rows = [row for name in LAYOUTS for row in measure(name, width, leaves, rounds)]
-    print(f"\n{leaves} leaves of {width}x{width}: optaxclip (Optax)\n\n{_markdown(rows)}")
-    scaling = measure_scaling(256 if args.quick else 1024, rounds)
-    print(f"\nPer-example clipping, one batch over devices\n\n{_scaling_markdown(scaling)}")
-    paper = on_a_cluster(rows, leaves)
-    print(
-        f"\nOn a cluster, worked out: {_assumptions()}; a step takes"
-        f" {paper[0]['step_s']:.1f} s\n\n{_paper_markdown(paper)}"
-    )
-    print(f"\n{machine()}")
-    noise = [row["alone_again"] for row in rows]
-    print(f"Adam against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x.")
+    found = json.loads(args.rows.read_text()) if args.rows else _measure_all(args.quick)
+    sections = _sections(found)
+    print(*sections.values(), sep="\n\n")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine(), "rows": rows, "scaling": scaling, "cluster": paper}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(filled(args.markdown.read_text(), sections))
+
+
+def _measure_all(quick: bool) -> dict[str, Any]:
+    width, leaves, rounds = (128, 6, 3) if quick else (1024, 12, 15)
+    return {
+        "machine": machine(),
+        "width": width,
+        "leaves": leaves,
+        "rows": [row for name in LAYOUTS for row in measure(name, width, leaves, rounds)],
+        "scaling": measure_scaling(256 if quick else 1024, rounds),
+    }
+
+
+def filled(page: str, sections: dict[str, str]) -> str:
+    """The page with what stands between `<!-- NAME -->` and `<!-- end -->` replaced."""
+    for name, body in sections.items():
+        start, end = f"<!-- {name} -->", "<!-- end -->"
+        text = f"{start}\n\n{body}\n\n{end}"
+        page, found = re.subn(f"{start}.*?{end}", lambda _, t=text: t, page, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"the page must have one mark {start}, got {found}. Add it.")
+    return page
+
+
+def _sections(found: dict[str, Any]) -> dict[str, str]:
+    """Markdown, by the mark on the page."""
+    rows, noise = found["rows"], [row["alone_again"] for row in found["rows"]]
+    return {
+        "how": textwrap.fill(
+            f"{found['leaves']} leaves of {found['width']}x{found['width']} in float32, on"
+            f" {found['machine']}. Adam alone, timed twice (A/A), takes {min(noise):.2f}x to"
+            f" {max(noise):.2f}x its own time.",
+            100,
+        ),
+        "counts": _markdown(rows),
+        "scaling": _scaling_markdown(found["scaling"]),
+        "cluster": cluster_section([r for r in rows if r["layout"] == "fsdp"], found["leaves"]),
+    }
 
 
 def measure(layout: str, width: int, leaves: int, rounds: int) -> list[dict]:
-    """One row a clipper: collectives of an ordinary step, and time relative to Adam alone."""
+    """One row per clipper: collectives of an ordinary step, and time relative to Adam alone."""
     shape, kind, specs = LAYOUTS[layout]
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind,) * 2)
     keys = jax.random.split(jax.random.key(0), leaves)
@@ -200,56 +210,6 @@ def measure_scaling(width: int, rounds: int) -> list[dict]:
     ]
 
 
-def on_a_cluster(rows: list[dict], leaves: int) -> list[dict]:
-    """Bytes, latency and share of a step of each clipper, from the counts under "fsdp"."""
-    c = CLUSTER
-    devices, bandwidth = c["devices"], c["network bytes/s of a device"]
-    params = 12 * c["layers"] * c["width"] ** 2
-    step = 6 * params * c["tokens in a batch"] / devices / c["sustained FLOP/s of a device"]
-    groups = {
-        "leaves": c["layers"] * c["leaves a layer"],
-        "units": c["layers"] * c["units a layer over the width"] * c["width"],
-    }
-    # A tree of hops there and back.
-    latency = 2 * math.ceil(math.log2(devices)) * c["seconds a hop"]
-    found = []
-    for row in rows:
-        if row["layout"] != "fsdp":
-            continue
-        counts, (traffic, group) = row["optaxclip"], TRAFFIC[row["clipper"]]
-        width = 1 if group == "leaves" else _units_of(rows, leaves)
-        sent = counts["bytes"] / (leaves * width) * groups[group]
-        local = traffic * params / devices
-        seconds = (
-            local / c["memory bytes/s of a device"]
-            + counts["all_reduces"] * latency
-            + 2 * sent / bandwidth
-        )
-        found.append(
-            {
-                "clipper": row["clipper"],
-                "local_bytes": local,
-                "all_reduces": counts["all_reduces"],
-                "sent_bytes": sent,
-                "latency_s": counts["all_reduces"] * latency,
-                "seconds": seconds,
-                "share": seconds / step,
-                "step_s": step,
-            }
-        )
-    return found
-
-
-def _units_of(rows: list[dict], leaves: int) -> float:
-    """Units of a leaf: `agc` reduces one number for each, of the gradient and of the parameters."""
-    (agc,) = [r for r in rows if r["layout"] == "fsdp" and r["clipper"] == "agc"]
-    return agc["optaxclip"]["bytes"] / (leaves * 2 * 4)
-
-
-def _assumptions() -> str:
-    return ", ".join(f"{k} {v:g}" for k, v in CLUSTER.items())
-
-
 def _markdown(rows: list[dict]) -> str:
     lines = [
         "| layout | clipper | all-reduces | other collectives | bytes | in rare branches | step |",
@@ -276,8 +236,9 @@ def _cell(row: dict, key: str, form: str) -> str:
 
 
 def _scaling_markdown(rows: list[dict]) -> str:
+    devices = " | ".join(f"{d} device{'s' if d > 1 else ''}" for d in DEVICES)
     lines = [
-        f"| schedule | {' | '.join(f'{d} devices' for d in DEVICES)} | collectives | bytes |",
+        f"| schedule | {devices} | collectives | bytes |",
         f"| --- | {' | '.join(['---:'] * (len(DEVICES) + 2))} |",
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -290,25 +251,12 @@ def _scaling_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _paper_markdown(rows: list[dict]) -> str:
-    lines = [
-        "| clipper | memory read and written by a device | all-reduces | bytes in them | latency |"
-        " time | share of a step |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['clipper']} | {row['local_bytes'] / 1e6:.0f} MB | {row['all_reduces']} |"
-            f" {row['sent_bytes'] / 1e3:.3g} kB | {1e6 * row['latency_s']:.0f} us |"
-            f" {1e3 * row['seconds']:.2f} ms | {row['share']:.1e} |"
-        )
-    return "\n".join(lines)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small leaves, few rounds")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--rows", type=Path, help="take the rows of this JSON, measure nothing")
+    parser.add_argument("--markdown", type=Path, help="also fill in the tables of this page")
     return parser.parse_args()
 
 

@@ -18,6 +18,7 @@ import argparse
 import functools
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _measure_all(args: argparse.Namespace) -> list[dict]:
 
 
 def measure(tree: str, optimizer: str, dtype: str, clippers: list[str], rounds: int) -> list[dict]:
-    """One row a clipper: median ratios to the optimizer alone, and compile seconds."""
+    """One row per clipper: median ratios to the optimizer alone, and compile seconds."""
     tx = OPTIMIZERS[optimizer]()
     params, grads = (_arrays(tree, dtype, seed) for seed in (0, 1))
     transforms = {ALONE: optax.identity(), AGAIN: optax.identity()}
@@ -161,30 +162,54 @@ def _arrays(tree: str, dtype: str, seed: int) -> dict[str, jax.Array]:
 
 PAGE = """# What a clipper adds to a step
 
-Time of one training step (`update` and `apply_updates`, jitted) relative to the optimizer alone,
-then the seconds it takes to compile; in brackets with Optax's clipper. Medians over interleaved
-rounds.
+{machine}
+
+A figure is the time of the optimizer's part of a training step (`update` and `apply_updates`,
+jitted, without the gradient) with the clipper, relative to that without, and then the seconds it
+takes to compile; in brackets the same with Optax's counterpart. "25 x 1024x1024" is a tree of 25
+leaves of shape 1024x1024. Medians over interleaved rounds.
+
+{names}
 
 {tables}
 
-{machine} {noise}
+## Where the time goes
+
+* **`global`**: with Adam and AdamW in float32, and large leaves, a step takes little more than half
+  as long as with Optax's. Optax divides inside a select, which XLA repeats in every kernel that
+  uses the result; here one scalar is multiplied in. In bf16, and with SGD, the two take about the
+  same on the largest leaves. What remains is reading the gradient once more: Adam reads or writes
+  seven arrays of its size, and an eighth adds a seventh where memory is the limit, as it is here.
+* **`rms` and `agc`** look at each sum for overflow before they use it, so that a leaf is no longer
+  measured and updated in one go; Optax does not look. `agc` reads the parameters too. Why Lion in
+  float32 is faster with them than alone is not known.
+* **`value`** reads the gradient for its statistics, of which Optax has none.
+* **`spam`** reads and writes a state of the size of the parameters.
 
 This page is written by `benchmarks/step_overhead.py --markdown`.
 """
+NAMES = """Short names stand for `clip_by_value`, `clip_by_global_norm`, `clip_by_leaf_rms` (rms),
+`clip_by_history`, `clip_by_quantile` and `spam_clip`. Optax's counterparts are `clip`,
+`clip_by_global_norm`, `clip_by_block_rms` and `adaptive_grad_clip`."""
 
 
 def _page(machine: str, rows: list[dict]) -> str:
-    # Other pages include a single table: from the mark with its name to the next end.
+    # Other pages include the names or a single table: from the mark to the next end.
+    names = f"<!-- names -->\n\n{NAMES}\n\n<!-- end -->"
     tables = "\n\n".join(
         f"## {title}\n\n<!-- {title} -->\n\n{table}\n\n<!-- end -->"
         for title, table in _tables(rows)
     )
-    return PAGE.format(tables=tables, machine=machine, noise=_noise(rows))
+    machine = textwrap.fill(f"Measured on one machine: {machine}. {_noise(rows)}", 100)
+    return PAGE.format(tables=tables, machine=machine, names=names)
 
 
 def _noise(rows: list[dict]) -> str:
     noise = [row["alone_again"] for row in rows]
-    return f"The optimizer against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x."
+    return (
+        f"The optimizer alone, timed twice (A/A), takes {min(noise):.2f}x to {max(noise):.2f}x its"
+        " own time: closer than that, two figures are equal."
+    )
 
 
 def _tables(rows: list[dict]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from _pages import table
 from _plots import LOOK
 from matplotlib.figure import Figure
 from scipy import stats
@@ -18,7 +19,9 @@ MEASURES = {
     "brier": "Brier score",
     "calibration": "calibration error",
     "log_loss": "log loss",
+    "unsure": "said 0.2 to 0.8, %",
 }
+PERCENT = ("sensitivity", "specificity", "unsure")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Assessment:
             "brier": float(np.mean((p - y) ** 2)),
             "calibration": float(sum(n * share * abs(said - was) for said, was, n in bins)),
             "log_loss": float(-np.mean(np.log(sure))),
+            "unsure": 100 * float(np.mean((p > 0.2) & (p < 0.8))),
         }
 
 
@@ -53,20 +57,52 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(stats.t.ppf(0.975, max(len(values) - 1, 1)) * error)
 
 
-def table_of(found: list[Assessment], titles: dict[str, str]) -> list[str]:
-    """A line for each method."""
-    lines = [f"{'':14}" + "".join(f"{title:>20}" for title in MEASURES.values()) + "  threshold"]
-    for method, title in titles.items():
-        rows = [x.measures() for x in found if x.method == method]
-        cells = ""
-        for name in MEASURES:
-            mean, half = interval([row[name] for row in rows])
-            digits = 1 if name in ("sensitivity", "specificity") else 4
-            cells += f"{f'{mean:.{digits}f} ± {half:.{digits}f}':>20}"
-        chosen = sorted(row["threshold"] for row in rows)
-        middle = chosen[len(chosen) // 2]
-        lines.append(f"{title:14}{cells}  {middle:.3g} ({chosen[0]:.3g} to {chosen[-1]:.3g})")
+def table_of(
+    found: list[Assessment], titles: dict[str, str], against: str | None = None
+) -> list[str]:
+    """A line for each method: its measures, or how they differ from another's, seed by seed."""
+    head = f"{'' if against is None else f'to {titles[against]}':14}"
+    head += "".join(f"{title:>20}" for title in MEASURES.values())
+    lines = [head + ("  threshold" if against is None else "")]
+    for method, cells in _cells(found, list(titles), against).items():
+        line = f"{titles[method]:14}" + "".join(f"{cell:>20}" for cell in cells)
+        if against is None:
+            chosen = sorted(x.threshold for x in found if x.method == method)
+            middle = chosen[len(chosen) // 2]
+            line += f"  {middle:.3g} ({chosen[0]:.3g} to {chosen[-1]:.3g})"
+        lines.append(line)
     return lines
+
+
+def markdown_of(found: list[Assessment], titles: dict[str, str]) -> str:
+    """The same two tables for a page."""
+    none = next(iter(titles))
+    tables = []
+    for against, what in ((None, "over"), (none, f"of the difference to {titles[none]} over")):
+        seeds = len({x.seed for x in found})
+        head = [f"95 % intervals {what} {seeds} splits", *MEASURES.values()]
+        rows = _cells(found, list(titles), against)
+        tables.append(table(head, [[titles[m], *cells] for m, cells in rows.items()]))
+    return "\n\n".join(tables)
+
+
+def _cells(
+    found: list[Assessment], methods: list[str], against: str | None
+) -> dict[str, list[str]]:
+    """`mean ± half` of each measure, or of its difference to another method's."""
+    rows = {m: [x.measures() for x in found if x.method == m] for m in methods}
+    base = [dict.fromkeys(MEASURES, 0.0)] * len(rows[methods[0]])
+    sign = "" if against is None else "+"
+    if against is not None:
+        base = rows.pop(against)
+    cells: dict[str, list[str]] = {method: [] for method in rows}
+    for method, mine in rows.items():
+        for name in MEASURES:
+            pairs = zip(mine, base, strict=True)
+            mean, half = interval([row[name] - other[name] for row, other in pairs])
+            digits = 1 if name in PERCENT else 3
+            cells[method].append(f"{mean:{sign}.{digits}f} ± {half:.{digits}f}")
+    return cells
 
 
 def figure_of(found: list[Assessment], titles: dict[str, str], searches: dict[str, Any]) -> Figure:

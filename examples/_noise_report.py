@@ -71,21 +71,33 @@ Test accuracy at the end, %: mean and standard deviation over seeds.
 
 ![Accuracy against the share of wrong labels](label_noise.png)
 
+The same with standardised pixels, which such a model learns by heart sooner: as many steps undo
+all that clipping example by example had gained.
+
+{aside}
+
 Written by `examples/label_noise.py --markdown`, which also draws the picture.
 """
 
 
-def write_noise_page(outcomes: list[Outcome], titles: dict[str, str], how: str, path: Path) -> None:
-    """The documentation's page."""
+def write_noise_page(
+    outcomes: list[Outcome], aside: list[Outcome], titles: dict[str, str], how: str, path: Path
+) -> None:
+    """The documentation's page; aside are runs with standardised pixels."""
+    tables = {"table": _markdown(outcomes, titles), "aside": _markdown(aside, titles)}
+    path.write_text(PAGE.format(how=how, **tables), encoding="utf-8")
+
+
+def _markdown(outcomes: list[Outcome], titles: dict[str, str]) -> str:
     noises = sorted({x.noise for x in outcomes})
     lines = [
         f"| | {' | '.join(f'{100 * noise:.0f} % wrong' for noise in noises)} |",
         f"| --- |{' ---: |' * len(noises)}",
     ]
-    for method, title in titles.items():
+    for method in dict.fromkeys(x.method for x in outcomes):
         cells = ["{:.1f} ± {:.1f}".format(*_final(outcomes, method, noise)) for noise in noises]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    path.write_text(PAGE.format(how=how, table="\n".join(lines)), encoding="utf-8")
+        lines.append(f"| {titles[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _figure(outcomes: list[Outcome], titles: dict[str, str], every: int) -> Figure:

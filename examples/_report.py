@@ -28,10 +28,11 @@ from _training import (
 from matplotlib.figure import Figure
 
 
-def write_overview(results: Results, path: Path) -> None:
-    """One picture, 1200 x 500."""
+def write_pictures(results: Results, out: Path) -> None:
+    """overview.png, 1200 x 500, and accuracy.png."""
     with mpl.rc_context(LOOK):
-        overview_figure(results).savefig(path)
+        overview_figure(results).savefig(out / "overview.png")
+        accuracy_figure(results).savefig(out / "accuracy.png", dpi=100)
 
 
 def write_report(results: Results, path: Path) -> None:

@@ -1,11 +1,12 @@
 """The tables of `robustness_study.py`, in markdown."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from _pages import fill, table
 from _plots import LOOK
 from _study_figures import FIGURES
 from _study_models import MODELS
@@ -30,12 +31,6 @@ def percent(logs: np.ndarray) -> str:
     return f"**{text}**" if np.isfinite(half) and abs(mean) > half else text
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def write_report(rows: list[Row], steps: int, out: Path) -> None:
     """tables.md and three figures."""
     results = Results(rows, steps)
@@ -47,13 +42,10 @@ def write_report(rows: list[Row], steps: int, out: Path) -> None:
 
 
 def fill_page(page: Path, out: Path) -> None:
-    """Replaces what stands between `<!-- NAME -->` and `<!-- end -->` by the table NAME."""
+    """Puts those of the tables into the page that it has a mark for."""
     text, tables = page.read_text(encoding="utf-8"), (out / "tables.md").read_text("utf-8")
-    for name, body in re.findall(r"<!-- (\w+) -->\n(.*?)\n\n?(?=<!--|\Z)", tables, re.DOTALL):
-        start = f"<!-- {name} -->\n"
-        pattern = re.escape(start) + r".*?(?=<!-- end -->)"
-        text = re.sub(pattern, lambda _, s=start, b=body: f"{s}\n{b}\n\n", text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
+    found = re.findall(r"<!-- (\w+) -->\n(.*?)\n\n?(?=<!--|\Z)", tables, re.DOTALL)
+    fill(page, {name: body for name, body in found if f"<!-- {name} -->" in text})
 
 
 def _stability(results: Results) -> str:

@@ -19,8 +19,8 @@ parameters less and then makes learning stall. `--optimizer adam` shows that.
     python examples/compare_clippers.py
     python examples/compare_clippers.py --quick --clippers none global --settings spike
 
-A table goes to the terminal; report.html, results.csv, results.json and overview.png to the
-folder `--out`. Timings are in the table, the report and the JSON; the CSV has none, so that
+A table goes to the terminal; report.html, results.csv, results.json, overview.png and accuracy.png
+to the folder `--out`. Timings are in the table, the report and the JSON; the CSV has none, so that
 the same seeds give the same CSV, byte for byte.
 """
 
@@ -36,7 +36,7 @@ from pathlib import Path
 import flax
 import jax
 import optax
-from _report import write_overview, write_report
+from _report import write_pictures, write_report
 from _results import Results
 from _training import (
     CLIPPER_TITLES,
@@ -177,7 +177,7 @@ def table(results: Results, workload: str) -> Table:
 
 
 def write_files(results: Results, out: Path) -> None:
-    """The CSV (a line per run), the JSON (a record per row), the report and the picture."""
+    """The CSV (a line per run), the JSON (a record per row), the report and the pictures."""
     out.mkdir(parents=True, exist_ok=True)
     write_csv(results, out / "results.csv")
     record = {
@@ -192,7 +192,7 @@ def write_files(results: Results, out: Path) -> None:
     }
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     write_report(results, out / "report.html")
-    write_overview(results, out / "overview.png")
+    write_pictures(results, out)
 
 
 def write_csv(results: Results, path: Path) -> None:

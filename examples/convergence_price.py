@@ -14,7 +14,8 @@ are clipped.
     python examples/convergence_price.py           # 4 clippers x 13 bounds x 5 seeds, 1 minute
     python examples/convergence_price.py --quick   # 4 bounds, 1 seed, shorter: 15 seconds
 
-A table goes to the terminal; convergence_price.png and results.json to the folder `--out`.
+A table goes to the terminal; convergence_price.png and results.json to the folder `--out`. `--page
+docs/choosing_a_threshold.md` also writes the table into that page, between its markers.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from _mlp import Params, init, outputs
+from _pages import fill, table
 from _plots import LOOK
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure.savefig(options.out / "convergence_price.png", dpi=100)
     record = [dataclasses.asdict(x) for x in outcomes]
     (options.out / "results.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    if options.page:
+        fill(options.page, {"price": markdown_of(outcomes)})
     print(f"{time.perf_counter() - start:.0f} s. See {options.out}/convergence_price.png")
 
 
@@ -181,12 +185,28 @@ def outcome_of(clipper: str, bound: float, runs: list[Any]) -> Outcome:
 
 def line_of(x: Outcome) -> str:
     """A line of the table."""
+    accuracy, steps, cosine, clipped = cells_of(x)
+    return (
+        f"{TITLES[x.clipper]:12} {x.bound:8.3g} {accuracy:>13} {steps:>14} {cosine:>7} {clipped:>8}"
+    )
+
+
+def cells_of(x: Outcome) -> tuple[str, str, str, str]:
+    """Accuracy, steps, cosine and share clipped, to be read by people."""
     accuracy = f"{100 * x.accuracy:.1f} ± {100 * x.error:.1f}"
     steps = f"{x.steps:.0f}" if np.isfinite(x.steps) else "never"
-    return (
-        f"{TITLES[x.clipper]:12} {x.bound:8.3g} {accuracy:>13} {steps:>14} {x.cosine:7.3f}"
-        f" {x.clipped:8.0%}"
-    )
+    return accuracy, steps, f"{x.cosine:.2f}", f"{100 * x.clipped:.0f} %"
+
+
+def markdown_of(outcomes: list[Outcome]) -> str:
+    """A row for each bound, with a cell for each clipper."""
+    clippers = list(dict.fromkeys(x.clipper for x in outcomes))
+    rows: dict[float, list[str]] = {}
+    for x in outcomes:
+        rows.setdefault(x.bound, []).append("; ".join(cells_of(x)))
+    head = ["bound", *(TITLES[clipper] for clipper in clippers)]
+    bounds = {b: f"{b:.2g}" if np.isfinite(b) else "none" for b in rows}
+    return table(head, [[bounds[b], *cells] for b, cells in rows.items()])
 
 
 def figure_of(outcomes: list[Outcome], steps: int) -> Figure:
@@ -239,6 +259,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="how many, from 0 on (default 5)")
     parser.add_argument("--steps", type=int, help=f"a multiple of {EVAL_EVERY} (default 600)")
     parser.add_argument("--out", type=Path, default=Path("out/convergence_price"), metavar="FOLDER")
+    parser.add_argument("--page", type=Path, help="a page to write the table into")
     parser.add_argument("--quick", action="store_true", help="4 bounds, 1 seed, 200 steps")
     options = parser.parse_args(argv)
     options.bounds = options.bounds or (4 if options.quick else 13)

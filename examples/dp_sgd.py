@@ -2,6 +2,7 @@
 
     pip install 'optaxclip[examples,privacy]'
     python examples/dp_sgd.py
+    python examples/dp_sgd.py --noise 1 1.5 3 --print-every 10 --plot out/dp_sgd.png
 
 An MLP in Flax NNX learns scikit-learn's handwritten digits by DP-SGD (with Adam). Each library does
 its own part: `clip_per_example` bounds what one example can do, jax-privacy adds the noise,
@@ -17,19 +18,26 @@ for a demonstration: a deployment needs a secure generator.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import dp_accounting
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import optax
+from _plots import LOOK
 from flax import nnx
 from jax_privacy.noise_addition import gaussian_privatizer
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import optaxclip
 from optaxclip.per_example import masked
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#b0569a", "#3b3b3b")
 
 
 class MLP(nnx.Module):
@@ -44,18 +52,28 @@ class MLP(nnx.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, and prints epsilon, delta and accuracy as it goes."""
+    """Trains with each noise, and draws the picture."""
     options = parse(argv)
-    data = load_digits()
-    x, x_test, y, y_test = train_test_split(
-        (data.data / 16).astype(np.float32), data.target, random_state=options.seed
+    digits = load_digits()
+    data = train_test_split(
+        (digits.data / 16).astype(np.float32), digits.target, random_state=options.seed
     )
+    found = {noise: train(noise, data, options) for noise in options.noise}
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(LOOK):
+            figure(found, options.delta).savefig(options.plot, dpi=110)
+
+
+def train(noise: float, data: Any, options: argparse.Namespace) -> list[tuple[float, float]]:
+    """Prints epsilon, delta and accuracy as it goes; epsilons and accuracies."""
+    x, x_test, y, y_test = data
     probability = options.batch_size / len(x)
 
     # First in the chain: what is divided is the noisy sum.
     tx = optax.chain(
         optaxclip.clip_per_example(options.max_norm, mean="sum"),
-        gaussian_privatizer(stddev=options.noise * options.max_norm, prng_key=options.seed),
+        gaussian_privatizer(stddev=noise * options.max_norm, prng_key=options.seed),
         optax.scale(1 / options.batch_size),
         optax.adam(options.learning_rate),
     )
@@ -77,10 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = np.random.default_rng(options.seed).random((options.steps, len(x))) < probability
     capacity = int(drawn.sum(axis=1).max())
     accountant = dp_accounting.rdp.RdpAccountant()
-    event = dp_accounting.PoissonSampledDpEvent(
-        probability, dp_accounting.GaussianDpEvent(options.noise)
-    )
-    print(f"{len(x)} examples, {probability:.1%} of them a step, noise {options.noise:g} bounds")
+    event = dp_accounting.PoissonSampledDpEvent(probability, dp_accounting.GaussianDpEvent(noise))
+    print(f"{len(x)} examples, {probability:.1%} of them a step, noise {noise:g} bounds")
+    found = []
     for i, chosen in enumerate(drawn, 1):
         batch = np.flatnonzero(chosen)
         real = np.arange(capacity) < len(batch)
@@ -90,11 +107,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if i % options.print_every == 0 or i == options.steps:
             right = nnx.merge(graph, params)(jnp.asarray(x_test)).argmax(axis=-1) == y_test
             epsilon = accountant.get_epsilon(options.delta)
+            found.append((epsilon, float(right.mean())))
             # No clip_stats here: how many examples were clipped is private, too.
             print(
                 f"step {i}: epsilon {epsilon:.2f}, delta {options.delta:g},"
                 f" accuracy {right.mean():.1%}"
             )
+    return found
+
+
+def figure(found: dict[float, list[tuple[float, float]]], delta: float) -> Figure:
+    """Accuracy against the epsilon spent, a line for each noise."""
+    picture = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = picture.subplots()
+    for k, (noise, curve) in enumerate(found.items()):
+        epsilons, accuracies = np.array(curve).T
+        look = {"color": COLOURS[k % len(COLOURS)], "ms": 3, "lw": 1.4}
+        ax.plot(epsilons, 100 * accuracies, "o-", label=f"{noise:g}", **look)
+    ax.set(xlabel=f"epsilon, for delta {delta:g}", ylabel="test accuracy, %", xlim=(0, None))
+    ax.set_title("What accuracy costs in privacy")
+    ax.legend(title="noise, in bounds")
+    return picture
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,12 +136,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--max-norm", type=float, default=0.5, help="bound of each example")
-    parser.add_argument("--noise", type=float, default=1.5, help="standard deviation, in bounds")
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[1.5], help="standard deviations, in bounds"
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="expected")
     parser.add_argument("--delta", type=float, default=1e-4, help="below one in the examples")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--print-every", type=int, default=50)
+    parser.add_argument("--plot", type=Path, help="also draw accuracy against epsilon here (PNG)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -17,7 +17,9 @@ seeds split the same 569 patients, so they are somewhat too narrow.
     python examples/medical_diagnosis.py           # 20 seeds, 1 minute on 2 cores
     python examples/medical_diagnosis.py --quick   # 3 seeds, shorter: 20 seconds
 
-A table goes to the terminal; medical_diagnosis.png and results.json to the folder `--out`.
+Two tables go to the terminal, the second with the differences to no clipping, seed by seed;
+medical_diagnosis.png and results.json go to the folder `--out`. `--page
+docs/choosing_a_threshold.md` also writes the tables into that page, between its markers.
 This is an example of method. Nobody should be diagnosed by it.
 """
 
@@ -34,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _medical_report import Assessment, figure_of, table_of
+from _medical_report import Assessment, figure_of, markdown_of, table_of
 from _mlp import Params, init, outputs
+from _pages import fill
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
@@ -101,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             found.append(Assessment(name, seed, threshold, probability, y_test))
     titles = {name: method.title for name, method in METHODS.items()}
     print("\n".join(table_of(found, titles)))
+    print("\n".join(["", *table_of(found, titles, against="none")]))
     options.out.mkdir(parents=True, exist_ok=True)
     figure_of(found, titles, searches).savefig(options.out / "medical_diagnosis.png", dpi=110)
     record = [{**x.measures(), "method": x.method, "seed": x.seed} for x in found]
     (options.out / "results.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    if options.page:
+        fill(options.page, {"diagnosis": markdown_of(found, titles)})
     print(f"{options.seeds} seeds in {time.perf_counter() - start:.0f} s. See {options.out}")
 
 
@@ -165,6 +171,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="how many, from 0 on (default 20)")
     parser.add_argument("--steps", type=int, help="of each training (default 600)")
     parser.add_argument("--out", type=Path, default=Path("out/medical_diagnosis"), metavar="FOLDER")
+    parser.add_argument("--page", type=Path, help="a page to write the tables into")
     parser.add_argument("--quick", action="store_true", help="3 seeds, 200 steps, 6 thresholds")
     options = parser.parse_args(argv)
     options.seeds = options.seeds or (3 if options.quick else 20)

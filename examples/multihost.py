@@ -119,7 +119,7 @@ def train(options: argparse.Namespace) -> None:
             flush=True,
         )
         os._exit(GAVE_UP)  # the orderly way out waits for the process that died
-    say(f"all {options.steps} steps are done; see {options.out}")
+    say(f"all {options.steps} steps are done; see {options.out}, and delete it to start afresh")
     manager.close()
 
 

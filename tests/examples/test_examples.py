@@ -43,11 +43,12 @@ def comparison(tmp_path_factory) -> tuple[Path, str]:
     return out, done.stdout
 
 
-def test_comparison_writes_its_four_files(comparison):
+def test_comparison_writes_its_five_files(comparison):
     out, _ = comparison
-    names = {"overview.png", "report.html", "results.csv", "results.json"}
+    names = {"accuracy.png", "overview.png", "report.html", "results.csv", "results.json"}
     assert {path.name for path in out.iterdir()} == names
-    assert (out / "overview.png").read_bytes().startswith(PNG)
+    for name in ("accuracy.png", "overview.png"):
+        assert (out / name).read_bytes().startswith(PNG)
 
 
 def test_comparison_prints_the_table(comparison):
@@ -213,9 +214,11 @@ def test_robustness_study_goes_on_where_it_stopped_and_fills_its_page(tmp_path):
     assert "the folder holds a study with other settings" in other.stderr
 
 
-def test_dp_sgd_prints_epsilon_delta_and_accuracy():
-    done = run("dp_sgd.py", "--steps", "60", "--print-every", "30")
+def test_dp_sgd_prints_epsilon_delta_and_accuracy(tmp_path):
+    picture = tmp_path / "made" / "dp_sgd.png"
+    done = run("dp_sgd.py", "--steps", "60", "--print-every", "30", "--plot", str(picture))
     assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(PNG)
     found = re.findall(r"epsilon ([\d.]+), delta ([\d.e-]+), accuracy ([\d.]+)%", done.stdout)
     epsilons, deltas, accuracies = zip(*(map(float, row) for row in found), strict=True)
     assert 0 < epsilons[0] < epsilons[1] < 5
@@ -254,6 +257,8 @@ def test_label_noise_writes_its_files_and_the_table(label_noise):
     assert line.split()[-2:] == shown
     page = (out / "page.md").read_text(encoding="utf-8")
     assert f"| PHuber, tau 2 | {shown[0]} ± 0.0 | {shown[1]} ± 0.0 |" in page
+    aside = page[page.index("standardised pixels") :]
+    assert len(re.findall(r"^\| \+ .* \| [\d.]+ ± 0\.0 \|$", aside, flags=re.MULTILINE)) == 2
 
 
 @pytest.mark.slow
@@ -273,8 +278,10 @@ def test_per_example_clipping_withstands_wrong_labels_where_global_clipping_does
 
 @pytest.mark.slow
 def test_convergence_price_is_paid_by_strict_bounds(tmp_path):
-    clippers = ("global", "per_example")
-    done = run("convergence_price.py", "--quick", "--clippers", *clippers, "--out", str(tmp_path))
+    clippers, page = ("global", "per_example"), tmp_path / "page.md"
+    page.write_text("<!-- price -->\n<!-- end -->\n", encoding="utf-8")
+    out = ("--out", str(tmp_path), "--page", str(page))
+    done = run("convergence_price.py", "--quick", "--clippers", *clippers, *out)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "convergence_price.png").read_bytes().startswith(PNG)
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -286,13 +293,18 @@ def test_convergence_price_is_paid_by_strict_bounds(tmp_path):
         assert strict["accuracy"] < 0.5 < 0.9 < none["accuracy"]
         assert strict["steps"] == math.inf > none["steps"]
         assert none["cosine"] == pytest.approx(1, abs=1e-5)
+        cell = f"{100 * none['accuracy']:.1f} ± 0.0; {none['steps']:.0f}; 1.00; 0 %"
+        assert re.search(rf"^\| none \|.* {cell} \|", page.read_text("utf-8"), re.MULTILINE)
         turned = min(row["cosine"] for row in rows)
         assert turned == pytest.approx(1, abs=1e-5) if clipper == "global" else turned < 0.995
 
 
 @pytest.mark.slow
 def test_medical_diagnosis_reports_calibration_and_both_kinds_of_mistake(tmp_path):
-    done = run("medical_diagnosis.py", "--quick", "--out", str(tmp_path))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- diagnosis -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    arguments = ("--quick", "--out", str(tmp_path), "--page", str(page))
+    done = run("medical_diagnosis.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "medical_diagnosis.png").read_bytes().startswith(PNG)
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -307,6 +319,14 @@ def test_medical_diagnosis_reports_calibration_and_both_kinds_of_mistake(tmp_pat
         assert title in head
     mean = sum(x["sensitivity"] for x in record if x["method"] == "none") / 3
     assert bare.split()[2:4] == [f"{mean:.1f}", "±"]
+    by_method = {m: [x["brier"] for x in record if x["method"] == m] for m in ("none", "global")}
+    change = sum(by_method["global"]) / 3 - sum(by_method["none"]) / 3
+    *_, means, differences = re.findall(
+        r"^\| global norm \|(?:[^|]*\|){2} (\S+) ±", page.read_text("utf-8"), re.MULTILINE
+    )
+    assert float(means) == pytest.approx(sum(by_method["global"]) / 3, abs=6e-4)
+    assert float(differences) == pytest.approx(change, abs=6e-4)
+    assert "old" not in page.read_text("utf-8")
 
 
 @pytest.mark.slow
