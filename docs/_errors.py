@@ -1,7 +1,8 @@
 """Keeps `docs/errors.md` in step with the errors the package raises.
 
     python docs/_errors.py           says what is missing, what is obsolete, what is unexplained
-    python docs/_errors.py --write   adds and removes entries; explanations stay, and are yours
+    python docs/_errors.py --write   adds and removes entries; headings and explanations stay,
+                                     and are yours: make headings that read alike tell apart
 
 An entry is a heading, the text in double backticks with an ellipsis for each value, an explanation.
 """

@@ -32,6 +32,7 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"optaxclip {version}"
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 highlight_language = "none"

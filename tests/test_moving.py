@@ -1,5 +1,6 @@
 """The tables for users of other libraries: each line against that library, or its formula."""
 
+import contextlib
 import functools
 import re
 
@@ -85,6 +86,21 @@ def apply_if_finite():
     guard = optaxclip.skip_nonfinite(optax.sgd(0.1), max_consecutive=3)
     as_optax(theirs, guard)
     as_optax(theirs, guard, BAD)
+    let_in, dropped = in_a_row(theirs, BAD, 5), in_a_row(guard, BAD, 5)
+    assert [jnp.isnan(u["b"][0]).item() for u, _ in let_in] == [False] * 3 + [True] * 2
+    for step, (updates, state) in enumerate(dropped, 1):
+        same(updates, jax.tree.map(jnp.zeros_like, GRADS))
+        with pytest.raises(FloatingPointError) if step >= 3 else contextlib.nullcontext():
+            optaxclip.raise_if_stuck(state)
+
+
+def in_a_row(tx, grads, steps):
+    """Updates and state after each step with the same gradient."""
+    state, update, found = tx.init(PARAMS), jax.jit(tx.update), []
+    for _ in range(steps):
+        updates, state = update(grads, state, PARAMS)
+        found.append((updates, state))
+    return found
 
 
 def optax_per_example():
