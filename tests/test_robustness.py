@@ -44,6 +44,24 @@ def test_largest_is_the_lipschitz_constant_of_a_linear_map(seed, radius, norm):
     assert 0 < found.mean <= constant * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("norm", [2, INF])
+@pytest.mark.parametrize(("x", "radius", "output"), [
+    ("bfloat16", "float32", "bfloat16"), ("float64", "float64", "float32"),
+    ("float32", "float64", "float64"),
+])  # fmt: skip
+def test_dtypes_that_promote(x, radius, output, norm):
+    """The answer has the dtype of the outputs, or float32."""
+    with jax.enable_x64(True):
+        found = input_sensitivity(
+            lambda w, x: (x @ w.astype(x.dtype)).astype(output), jnp.diag(jnp.array([3.0, 1.0])),
+            jnp.zeros((1, 2), x), radius=jnp.asarray(0.5, radius), norm=norm,
+            samples=2, steps=20, key=KEY,
+        )  # fmt: skip
+        np.testing.assert_allclose(found.largest, 3.0, rtol=0.02)
+        wide = "float64" if output == "float64" else "float32"
+        assert {field.dtype.name for field in found} == {wide}
+
+
 def test_mean_is_over_random_directions():
     """Uniform on the circle, E|cos| = 2 / pi; among the corners of the cube, by enumeration."""
     w = {"kernel": np.array([[3.0, 4.0]], np.float32), "bias": np.zeros(1, np.float32)}

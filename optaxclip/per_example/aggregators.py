@@ -10,25 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from optax.experimental import aggregating
 
-from optaxclip._leaves import LeafFn
+from optaxclip._leaves import LeafFn, Tree
 from optaxclip._reductions import largest
-from optaxclip._statistics import (
-    check_same_groups,
-    empty_example_stats,
-    empty_stats,
-    noise_scale_of,
-    record,
-    record_examples,
-)
+from optaxclip._statistics import check_same_groups, empty_stats, record
 from optaxclip.clipping import ClipState
 from optaxclip.norms import Norm
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
+from optaxclip.per_example.statistics import (
+    empty_example_stats,
+    noise_scale_of,
+    record_examples,
+)
 from optaxclip.per_example.trees import masked
 from optaxclip.responses import Response, as_response
 from optaxclip.thresholds import Context, as_threshold, non_negative
-
-Tree = Any
 
 
 def clip_per_example(

@@ -10,9 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._compat import as_varying
-from optaxclip.per_example.checks import check_batch, check_params, loss_and_aux, what_fun_saw
+from optaxclip._leaves import Tree
+from optaxclip.per_example.checks import (
+    check_batch,
+    check_keywords,
+    check_params,
+    loss_and_aux,
+    what_fun_saw,
+)
 
-Tree = Any
 Argnums = int | Sequence[int]
 
 _ROLES = ("argnums", "batch_argnums", "prng_argnum")
@@ -27,6 +33,8 @@ class Options:
     has_aux: bool = False
     keep_batch_dim: bool = False
     prng_argnum: int | None = None
+    named_examples: bool = False
+    """Whether keyword arguments hold the examples too; `keep_batch_dim` is not for them."""
 
     def __post_init__(self) -> None:
         taken: dict[int, str] = {}
@@ -77,8 +85,8 @@ class Call:
         return jax.eval_shape(lambda batch: [x[0] for x in batch], self.batch)
 
 
-def bind(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-    """Split the arguments of `fun(*args, **kwargs)`. Raises where they do not fit."""
+def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+    """`fun(*args, **kwargs)`, its arguments split. Raises where they do not fit."""
     roles = options.named_argnums
     names = _argument_names(fun, len(args))
     for role, numbers in roles.items():
@@ -91,12 +99,14 @@ def bind(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str,
                 )
     of_params, of_batch, of_keys = (roles.get(r, ()) for r in _ROLES)
     check_params([(names[k], args[k]) for k in of_params])
-    check_batch([(names[k], args[k]) for k in of_batch])
+    named, shared = (kwargs, {}) if options.named_examples else ({}, kwargs)
+    check_keywords(named)
+    check_batch([*((names[k], args[k]) for k in of_batch), ("", named)])
 
     leaves, params_tree = jax.tree.flatten([args[k] for k in of_params])
     leaves = [jnp.asarray(x) for x in leaves]
     moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-    batch, batch_tree = jax.tree.flatten([args[k] for k in of_batch])
+    batch, batch_tree = jax.tree.flatten(([args[k] for k in of_batch], named))
     batch = [jnp.asarray(x) for x in batch]
     keys, keys_tree = jax.tree.flatten([args[k] for k in of_keys])
     keys = [jax.random.split(key, batch[0].shape[0]) for key in keys]
@@ -109,16 +119,17 @@ def bind(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str,
 
     def one(params: list[Any], example: list[Any]) -> tuple[Any, Any]:
         data, key = example[: len(batch)], example[len(batch) :]
+        examples, named = jax.tree.unflatten(batch_tree, data)
         if options.keep_batch_dim:
-            data = [x[None] for x in data]
+            examples = jax.tree.map(lambda x: x[None], examples)
         given = dict(enumerate(args))
         given.update(zip(of_params, with_moving(params, leaves), strict=True))
-        given.update(zip(of_batch, jax.tree.unflatten(batch_tree, data), strict=True))
+        given.update(zip(of_batch, examples, strict=True))
         given.update(zip(of_keys, jax.tree.unflatten(keys_tree, key), strict=True))
         try:
-            result = fun(*given.values(), **kwargs)
+            result = fun(*given.values(), **shared, **named)
         except Exception as error:
-            seen = {names[k]: given[k] for k in of_batch}
+            seen = {**{names[k]: given[k] for k in of_batch}, **named}
             error.add_note(what_fun_saw(seen, options.keep_batch_dim))
             raise
         return loss_and_aux(result, options.has_aux, options.keep_batch_dim)

@@ -4,10 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optaxclip._leaves import path_name
-
-Tree = Any
+from optaxclip._leaves import Tree, path_name
 
 
 def check_params(arguments: list[tuple[str, Tree]]) -> None:
@@ -103,6 +102,18 @@ def loss_and_aux(result: Any, has_aux: bool, keep_batch_dim: bool) -> tuple[Any,
     return result, aux
 
 
+def check_keywords(named: dict[str, Tree]) -> None:
+    """All leaves may have the examples on the leading axis: none is a scalar."""
+    for path, leaf in jax.tree.leaves_with_path(named):
+        if not np.shape(leaf):
+            name = path_name(path)
+            raise ValueError(
+                f"keyword arguments must hold one entry per example, got a scalar at {name}. Bind"
+                f" it first: functools.partial(fun, {name.split('/')[0]}=...), or pass it by"
+                " position."
+            )
+
+
 def what_fun_saw(arguments: dict[str, Tree], keep_batch_dim: bool) -> str:
     """A note for errors that `fun` raises."""
     leaves = jax.tree.leaves_with_path(arguments)
@@ -121,6 +132,11 @@ def _kind(leaf: Any) -> Any:
         if isinstance(leaf, int | float | complex)
         else getattr(leaf, "dtype", None)
     )
+
+
+def shown(path: tuple) -> str:
+    """The name of a leaf; that of a tree that is one array is "the root"."""
+    return path_name(path) or "the root"
 
 
 def _at(name: str, path: tuple) -> str:

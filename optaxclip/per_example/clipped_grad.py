@@ -4,20 +4,19 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip._arguments import check_bound
-from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
+from optaxclip._leaves import Tree
+from optaxclip.per_example.arguments import Argnums, Options, call_of, unbatched_aux
 from optaxclip.per_example.clipped_sum import Clipping
 from optaxclip.per_example.costs import Method
+from optaxclip.per_example.microbatches import check_divides, check_size
 from optaxclip.per_example.schedules import check_method
-
-Tree = Any
 
 
 class AuxiliaryOutput(NamedTuple):
@@ -53,6 +52,9 @@ class BoundedSensitivityCallable:
           neighboring_relation: a `dp_accounting.NeighboringRelation`, or its name:
             `"ADD_OR_REMOVE_ONE"` or `"REPLACE_SPECIAL"` (an example becomes zero) give
             `l2_norm_bound`, `"REPLACE_ONE"` twice that.
+
+        Returns:
+          The bound, of the type of `l2_norm_bound`: a number, or an array for a traced norm.
 
         Raises:
           ValueError: another relation.
@@ -128,30 +130,32 @@ def clipped_grad(
 
     Returns:
       A function of the arguments of `fun`, with `.sensitivity()` and `.l2_norm_bound`. Keyword
-      arguments hold one entry per example, on the first axis. So does `is_padding_example`,
-      [B] of booleans, which `fun` does not see: true for examples that count as zero. It
-      returns the gradient, or `(gradient, AuxiliaryOutput(values, grad_norms, aux))` where
-      `has_aux`, `return_values` or `return_grad_norms` ask for it.
+      arguments hold one entry per example, on the first axis; `fun` sees its example's entry
+      without that axis, whatever `keep_batch_dim`. What all examples share is bound first, by
+      `functools.partial`, or passed by position. `is_padding_example`, [B] of booleans, `fun` does
+      not see: true for examples that count as zero. It returns the gradient, or
+      `(gradient, AuxiliaryOutput(values, grad_norms, aux))` where `has_aux`, `return_values` or
+      `return_grad_norms` ask for it.
 
     Raises:
       ValueError: argument numbers that overlap, are negative or missing; a negative norm;
         `normalize_by` <= 0; batch sizes that differ or are no multiple of `microbatch_size`; a
         `method` that cannot do a `pre_clipping_transform`; otherwise as `per_example_grad`.
-      TypeError: an option that jax-privacy 2.0 does not have (it has none that rounds to an
-        integer grid).
+      TypeError: a `microbatch_size` that is no whole number; an option that jax-privacy 2.0 does
+        not have, such as rounding to an integer grid; otherwise as `per_example_grad`.
 
     Guarantees:
       Up to rounding no example moves the sum by more than `l2_norm_bound`, whatever it holds:
       C / normalize_by, or 1 / normalize_by to unit norm; of several bounds the root of the sum
       of their squares. What is returned example by example depends on that example alone. The
       result does not depend on `microbatch_size`: the sum is in float32 at least until the
-      end. A batch of nothing but padding or NaN gives zeros.
+      end. A batch of nothing but padding or (with `nan_safe`) NaN gives zeros.
 
     Edge cases:
       An example with a single NaN counts as zero as a whole; jax-privacy zeroes the elements.
       Norms are as in `clip_per_example`: in float32 they end at 1e19, and beyond an example
-      counts as not finite. A traced negative C counts as 0. Micro-batches of nothing but padding
-      are not computed, and their values, norms and aux are zero. `"two_pass"` adds up a
+      counts as not finite. A negative C in an array counts as 0. Micro-batches of nothing but
+      padding are not computed, and their values, norms and aux are zero. `"two_pass"` adds up a
       micro-batch in the dtype of the parameters, and takes a backward pass per bound.
 
     Example:
@@ -165,8 +169,11 @@ def clipped_grad(
     Source: the interface, jax-privacy 2.0 (Apache-2.0); the rule, Abadi et al., arXiv 1607.00133;
     unit norm, De et al., arXiv 2204.13650.
     """
-    _check(batch_argnums, l2_clip_norm, normalize_by, microbatch_size)
-    options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+    _check(l2_clip_norm, normalize_by)
+    check_size(microbatch_size)
+    options = Options(
+        argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, named_examples=True
+    )
     check_method(method)
     transform = None if pre_clipping_transform is _unchanged else pre_clipping_transform
     if transform is not None and method not in ("auto", "vmap"):
@@ -179,14 +186,10 @@ def clipped_grad(
 
     @functools.wraps(fun)
     def grad(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
-        call = _bind(fun, options, args, kwargs)
+        call = call_of(fun, options, args, kwargs)
         call = dataclasses.replace(call, spmd_axis_name=spmd_axis_name)
         padding = _padding(is_padding_example, call.size)
-        if microbatch_size is not None and call.size % microbatch_size:
-            raise ValueError(
-                f"microbatch_size must divide the batch size {call.size}, got {microbatch_size}."
-                " Pass a divisor, or pad the batch and say so with is_padding_example."
-            )
+        check_divides(microbatch_size, call.size)
         found = clipping.of_batch(call, padding, microbatch_size)
         grads = jax.tree.map(lambda x: _divided(x, normalize_by), found.sums)
         if not with_aux:
@@ -255,9 +258,7 @@ def clipped_value_and_grad(
     return BoundedSensitivityCallable(value_and_grad, inner.l2_norm_bound, True)
 
 
-def _check(batch_argnums: Any, l2_clip_norm: Any, normalize_by: Any, microbatch_size: Any) -> None:
-    if isinstance(batch_argnums, Sequence) and not batch_argnums:
-        raise ValueError("Batch Argnums must not be empty, got (). Pass an int.")
+def _check(l2_clip_norm: Any, normalize_by: Any) -> None:
     entries = jax.tree.leaves_with_path(l2_clip_norm)
     for key_path, bound in entries or [((), l2_clip_norm)]:
         check_bound(bound, "l2_clip_norm" + jax.tree_util.keystr(key_path), schedule=False)
@@ -265,30 +266,6 @@ def _check(batch_argnums: Any, l2_clip_norm: Any, normalize_by: Any, microbatch_
         raise ValueError(
             f"normalize_by must be > 0, got {normalize_by}. Pass for example the batch size."
         )
-    if microbatch_size is not None and not (
-        isinstance(microbatch_size, int | np.integer) and microbatch_size > 0
-    ):
-        raise ValueError(
-            f"microbatch_size must be a whole number >= 1, got {microbatch_size!r}. Pass None to"
-            " handle all examples at once."
-        )
-
-
-def _bind(fun: Callable, options: Options, args: tuple, kwargs: dict[str, Any]) -> Call:
-    """As `bind`, with keyword arguments that hold one entry per example."""
-    if not kwargs:
-        return bind(fun, options, args, kwargs)
-
-    @functools.wraps(fun)
-    def by_position(*given: Any) -> Any:
-        *rest, named = given
-        if options.keep_batch_dim:  # keyword arguments never have that axis
-            named = jax.tree.map(lambda x: x[0], named)
-        return fun(*rest, **named)
-
-    numbers_ = options.named_argnums["batch_argnums"]
-    more = dataclasses.replace(options, batch_argnums=(*numbers_, len(args)))
-    return bind(by_position, more, (*args, kwargs), {})
 
 
 def _padding(is_padding_example: Any, size: int) -> jax.Array | None:
@@ -313,7 +290,8 @@ def _norm_bound(l2_clip_norm: Any, to_unit_norm: bool) -> Any:
     bounds = jax.tree.leaves(l2_clip_norm)
     bounds = [1.0] * len(bounds) if to_unit_norm else bounds
     if len(bounds) == 1:
-        return bounds[0]
+        (c,) = bounds
+        return c if isinstance(c, numbers.Real) else jnp.maximum(c, 0.0)
     if all(isinstance(c, numbers.Real) for c in bounds):
         return math.hypot(*bounds)
     return jnp.sqrt(sum(jnp.square(jnp.maximum(c, 0.0)) for c in bounds))

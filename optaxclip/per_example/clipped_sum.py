@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import Leaves
+from optaxclip._compat import as_varying
+from optaxclip._leaves import Leaves, Tree
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.arguments import Call
 from optaxclip.per_example.costs import Costs, Method
@@ -19,8 +20,6 @@ from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.schedules import best_microbatch_size, scheduled, second_pass
 from optaxclip.per_example.trees import cast, masked, materialize, sq_norms
 from optaxclip.responses import Rescale
-
-Tree = Any
 
 
 class Clipped(NamedTuple):
@@ -70,8 +69,16 @@ class Clipping:
                 part = run(batch, padding)
             else:  # nothing is computed for a micro-batch of padding alone
                 shapes = jax.eval_shape(run, batch, padding)
-                zeros = functools.partial(jax.tree.map, _zeros, shapes)
-                part = jax.lax.cond(jnp.all(padding), zeros, lambda: run(batch, padding))
+
+                def alike(part: Clipped) -> Clipped:
+                    leaves, structure = jax.tree.flatten(part)
+                    return jax.tree.unflatten(structure, as_varying(leaves, [*batch, padding]))
+
+                part = jax.lax.cond(
+                    jnp.all(padding),
+                    lambda: alike(jax.tree.map(_zeros, shapes)),
+                    lambda: alike(run(batch, padding)),
+                )
             return part.sums, part._replace(sums=())
 
         sums, parts = accumulated(some, (call.batch, padding), size)

@@ -57,7 +57,7 @@ def by_blocks(
 
 
 def by_examples(fun: Callable[..., jax.Array], size: int, *factors: Any) -> jax.Array:
-    """`fun(*factors)`, [B], from as many examples at a time as 64 MB hold.
+    """`fun(*factors)`, [B, ...], from as many examples at a time as 64 MB hold.
 
     `size` is how many numbers `fun` holds for one example.
     """

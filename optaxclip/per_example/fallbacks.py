@@ -1,13 +1,10 @@
 """Parameters whose gradients are stacked because no exact factored form was found."""
 
-from typing import Any
-
 import jax
 
-from optaxclip._leaves import path_name
+from optaxclip._leaves import Tree
+from optaxclip.per_example.checks import shown
 from optaxclip.per_example.forms import Dense, Form, is_form, terms
-
-Tree = Any
 
 
 def reason(form: Form) -> str:
@@ -22,12 +19,13 @@ def refuse_fallbacks(grads: Tree) -> None:
     for path, form in jax.tree.leaves_with_path(grads, is_leaf=is_form):
         if why := reason(form):
             (stacked,) = {x.stacked.shape for x in terms(form) if isinstance(x, Dense)}
-            shape, name = list(form.shape), path_name(path) or "the parameter"
+            shape, name = list(form.shape), shown(path)
             lines.append(f"  {name}, {form.dtype}{shape}, as {list(stacked)}: {why}")
     if lines:
         listed = "\n".join(lines)
         raise ValueError(
-            f"with strict=True no gradient may be stacked, got {len(lines)} that would be:\n"
-            f"{listed}\nTeach optaxclip the primitive with register_rule, rewrite that line, or"
-            " pass strict=False: stacking is exact and costs the memory."
+            "with strict=True every leaf must have a factored form, got"
+            f" {len(lines)} whose gradients must be stacked:\n{listed}\n"
+            "Teach optaxclip the primitive with register_rule, rewrite that line, or pass"
+            " strict=False: stacking is exact and costs the memory."
         )

@@ -146,6 +146,11 @@ class Builder:
                 return number
             if reader.eqn.primitive is not primitives.add_p:
                 return number
+            # A summand that is broadcast has another cotangent than the sum.
+            summand: Any = reader.eqn.invars[reader.inputs.index(number)].aval
+            total: Any = reader.eqn.outvars[0].aval
+            if summand.shape != total.shape:
+                return number
             (number,) = reader.outputs
 
     def met(self, number: int, aval: Any) -> int:

@@ -52,7 +52,7 @@ def _of_equation(eqn: JaxprEqn) -> int:
     if eqn.primitive is P.conv_general_dilated_p:
         kernel: Any = eqn.invars[1].aval
         return 2 * outputs[0] * kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    return max(outputs + inputs)
+    return max(outputs + inputs, default=0)
 
 
 def _size(variable: Any) -> int:

@@ -265,7 +265,7 @@ class Gathered:
     def _weighted(self, weights: jax.Array) -> jax.Array:
         """The weighted sum as [1, I, O]."""
         _, rows, o = self.layout.sizes
-        right = weigh(self.right, weights).reshape(-1, o)
+        right = weigh(self.right, weights).reshape(self.ids.size, o)
         return jnp.zeros((1, rows, o), right.dtype).at[0, self.ids.reshape(-1)].add(right)
 
     def materialize(self) -> jax.Array:
@@ -337,15 +337,11 @@ def scale(form: Form, factor: jax.Array | float) -> Form:
     """`factor * g_b`, for a scalar factor."""
     if isinstance(form, Dense):
         return Dense(form.stacked * jnp.asarray(factor, form.dtype), form.reason)
-    if isinstance(form, Outer | Gathered):
-        right = form.right * jnp.asarray(factor, form.right.dtype)
-        return dataclasses.replace(form, right=right)
     if isinstance(form, Sum):
         return Sum(tuple(scale(x, factor) for x in form.terms))
-    raise TypeError(
-        f"a form must be Outer, Gathered, Dense or Sum, got {type(form).__name__}. Return one of"
-        " them from the rule."
-    )
+    factored: Any = form
+    right = factored.right * jnp.asarray(factor, factored.right.dtype)
+    return dataclasses.replace(factored, right=right)
 
 
 def zero_like(parameter: Any, count: int) -> Form:

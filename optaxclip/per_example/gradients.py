@@ -6,16 +6,15 @@ from typing import Any
 
 import jax
 
+from optaxclip._leaves import Tree
 from optaxclip.per_example import rules as rules
-from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
+from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
+from optaxclip.per_example.cotangents import value_and_forms
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.flatten import trace
 from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.safe_norms import root
-from optaxclip.per_example.tracing import value_and_forms
 from optaxclip.per_example.trees import sq_norms
-
-Tree = Any
 
 
 def per_example_grad(
@@ -41,7 +40,8 @@ def per_example_grad(
       keep_batch_dim: whether `fun` sees an example as a batch of one, [1, ...], for losses
         that expect a batch. Aux of shape [1, ...] loses that axis.
       prng_argnum: the argument that is a random key; each example gets a key split from it.
-      strict: whether to raise where the gradient of a leaf has to be stacked, [B, *shape].
+      strict: whether to raise where no factored form is known for a leaf, so that its gradients
+        must be stacked, [B, *shape].
 
     Returns:
       A function of the arguments of `fun`. It returns a tree like `params` whose leaves are
@@ -51,7 +51,7 @@ def per_example_grad(
     Raises:
       ValueError: argument numbers out of range or with two roles; the batch is empty or its
         sizes differ; a differentiated argument without arrays; `fun` returns no scalar;
-        fallbacks with `strict`.
+        a leaf without a factored form under `strict`.
       TypeError: a differentiated argument has no floating-point array or a complex one; the
         loss is not real floating point.
 
@@ -79,7 +79,7 @@ def per_example_grad(
 
     @functools.wraps(fun)
     def grad(*args: Any, **kwargs: Any) -> Any:
-        _, aux, grads = evaluate(bind(fun, options, args, kwargs), options, strict)
+        _, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
         return (grads, aux) if has_aux else grads
 
     return grad
@@ -118,7 +118,7 @@ def per_example_value_and_grad(
 
     @functools.wraps(fun)
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        losses, aux, grads = evaluate(bind(fun, options, args, kwargs), options, strict)
+        losses, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
         return ((losses, aux), grads) if has_aux else (losses, grads)
 
     return value_and_grad
@@ -160,7 +160,7 @@ def per_example_norms(
 
     @functools.wraps(fun)
     def norms(*args: Any, **kwargs: Any) -> Any:
-        _, aux, grads = evaluate(bind(fun, options, args, kwargs), options, strict)
+        _, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
         found = root(sq_norms(grads))
         return (found, aux) if has_aux else found
 
@@ -169,11 +169,14 @@ def per_example_norms(
 
 def evaluate(call: Call, options: Options, strict: bool = False) -> tuple[jax.Array, Tree, Tree]:
     """Losses [B], aux [B, ...] and gradients of a call."""
+
+    def grads_of(forms: list[Form]) -> Tree:
+        return call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
+
+    if strict:  # by shapes alone, before anything is stacked
+        refuse_fallbacks(jax.eval_shape(lambda: grads_of(factored(call)[2])))
     losses, aux, forms = factored(call)
-    grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
-    if strict:
-        refuse_fallbacks(grads)
-    return losses, unbatched_aux(aux, options), grads
+    return losses, unbatched_aux(aux, options), grads_of(forms)
 
 
 def factored(call: Call) -> tuple[jax.Array, Tree, list[Form]]:

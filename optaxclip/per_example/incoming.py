@@ -2,16 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import path_name
+from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
+from optaxclip.per_example.checks import shown
 from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +17,7 @@ class Incoming:
     """The gradients of `size` examples."""
 
     forms: list[Form]
-    """One a leaf; those of integers and keys are zeros of their dtype."""
+    """One per leaf; those of integers and keys are zeros of their dtype."""
     like: Tree
     """Shapes and dtypes of one gradient: a tree like the parameters."""
     size: int
@@ -27,23 +25,14 @@ class Incoming:
     @classmethod
     def of(cls, grads: Tree, params: Tree | None = None) -> "Incoming":
         """Raises where leaves differ in their number of examples, or are not shaped like params."""
-        with_paths, structure = jax.tree.flatten_with_path(grads, is_leaf=is_form)
-        names = [path_name(path) or "the root" for path, _ in with_paths]
-        stacks = [jax.tree.leaves(leaf)[0] for _, leaf in with_paths]
-        for name, leaf in zip(names, stacks, strict=True):
-            if not jnp.shape(leaf) or leaf.shape[0] == 0 or leaf.shape[0] != stacks[0].shape[0]:
-                raise ValueError(
-                    "gradients must have one number of examples >= 1 on the first axis, got shape"
-                    f" {jnp.shape(leaf)} at {name} and {jnp.shape(stacks[0])} at {names[0]}. Pass"
-                    " what per_example_grad or vmap(grad) returns."
-                )
-        if not stacks:
-            raise ValueError("gradients must have at least one leaf, got none. Pass parameters.")
-        forms: list[Form] = [x if is_form(x) else Dense(x) for _, x in with_paths]
+        size = examples_of(grads)
+        leaves, structure = jax.tree.flatten(grads, is_leaf=is_form)
+        forms: list[Form] = [x if is_form(x) else Dense(x) for x in leaves]
         shapes = [jax.ShapeDtypeStruct(form.shape, form.dtype) for form in forms]
+        like = jax.tree.unflatten(structure, shapes)
         if params is not None:
-            _check_like_params(names, shapes, params)
-        return cls(forms, jax.tree.unflatten(structure, shapes), stacks[0].shape[0])
+            _check_like_params(like, params)
+        return cls(forms, like, size)
 
     def zeros(self) -> list[jax.Array]:
         """A zero update for each leaf: what a leaf that no norm counts gets."""
@@ -51,8 +40,27 @@ class Incoming:
         return [zero_like(form, self.size).weighted_sum(nothing) for form in self.forms]
 
     def update(self, sums: list[jax.Array]) -> Tree:
-        """One array a leaf -> a tree like the parameters."""
+        """One array per leaf -> a tree like the parameters."""
         return jax.tree.unflatten(jax.tree.structure(self.like), sums)
+
+
+def examples_of(grads: Tree) -> int:
+    """How many there are. Raises where leaves differ in it, or where there is none."""
+    found = [
+        (shown(path), jnp.shape(jax.tree.leaves(leaf)[0]))
+        for path, leaf in jax.tree.leaves_with_path(grads, is_leaf=is_form)
+    ]
+    if not found:
+        raise ValueError("gradients must have at least one leaf, got none. Pass parameters.")
+    first_name, first = found[0]
+    for name, shape in found:
+        if not shape or shape[0] == 0 or shape[0] != first[0]:
+            raise ValueError(
+                "gradients must have one number of examples >= 1 on the first axis, got shape"
+                f" {shape} at {name} and {first} at {first_name}. Pass what per_example_grad or"
+                " vmap(grad) returns."
+            )
+    return first[0]
 
 
 def total(parts: list[jax.Array], size: int) -> jax.Array:
@@ -66,16 +74,22 @@ def sq_norm(arrays: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [jnp.vdot(x, x) for x in wide], jnp.zeros((), jnp.float32))
 
 
-def _check_like_params(names: list[str], shapes: list[Any], params: Tree) -> None:
-    expected = [jnp.shape(x) for x in jax.tree.leaves(params)]
-    if len(expected) != len(shapes):
+def _check_like_params(like: Tree, params: Tree) -> None:
+    found, expected = (
+        [(shown(path), jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)]
+        for tree in (like, params)
+    )
+    if len(found) != len(expected):
+        ours, theirs = ([name for name, _ in leaves] for leaves in (found, expected))
+        alone = (name for name in (*ours, *theirs) if name not in ours or name not in theirs)
         raise ValueError(
-            f"gradients and params must have the same leaves, got {len(shapes)} and"
-            f" {len(expected)}. Pass the parameters the gradient was taken for."
+            f"gradients and params must have the same leaves, got {len(found)} and"
+            f" {len(expected)}, and {next(alone, 'a repeated path')} in one of them alone. Pass the"
+            " parameters the gradient was taken for."
         )
-    for name, x, shape in zip(names, shapes, expected, strict=True):
-        if x.shape != shape:
+    for (name, shape), (_, wanted) in zip(found, expected, strict=True):
+        if shape != wanted:
             raise ValueError(
-                f"one example's gradient must be shaped like its parameter, got {x.shape} at"
-                f" {name}, which is {shape}. Pass per-example gradients, [B, *shape] or factored."
+                f"one example's gradient must be shaped like its parameter, got {shape} at"
+                f" {name}, which is {wanted}. Pass per-example gradients, [B, *shape] or factored."
             )

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from optaxclip._compat import Primitive, split_p, stack_p, unstack_p
 from optaxclip._compat import primitives as P  # noqa: N812
-from optaxclip.per_example.contractions import einsum
+from optaxclip._reductions import accumulator
+from optaxclip.per_example.contractions import by_examples, einsum
 from optaxclip.per_example.forms import Dense, Form, Gathered, Outer, scale
 from optaxclip.per_example.layout import Layout
 
@@ -255,12 +256,28 @@ def _neg(form: Any, to: Passage) -> Moved:
 
 @_rule(P.add_p)
 def _add(form: Any, to: Passage) -> Moved:
-    return [(0, form), (1, form)]
+    return [(p, _summed(form, to.operands[p].shape)) for p in to.active]
 
 
 @_rule(P.sub_p)
 def _sub(form: Any, to: Passage) -> Moved:
-    return [(0, form), (1, scale(form, -1))]
+    found = [(p, _summed(form, to.operands[p].shape)) for p in to.active]
+    return [(p, scale(x, -1) if p == 1 else x) for p, x in found]
+
+
+def _summed(form: Any, shape: tuple[int, ...]) -> Form:
+    """Of an operand that was broadcast: summed over what it was repeated along."""
+    if shape == form.shape:
+        return form
+    # A scalar is repeated along all axes, anything else along those where its length is one.
+    axes = [a for a, d in enumerate(form.shape) if not shape or shape[a] != d]
+    wide = form.layout.cast(accumulator(form.dtype))
+
+    def some(form: Any) -> jax.Array:
+        stacked = replace(form, layout=wide).materialize()
+        return jnp.sum(stacked, axis=[1 + a for a in axes]).reshape(len(stacked), *shape)
+
+    return Dense(by_examples(some, math.prod(form.shape), form).astype(form.dtype))
 
 
 @_rule(P.mul_p)

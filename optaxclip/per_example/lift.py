@@ -4,11 +4,12 @@ A form of step `l` carries the steps on the second axis of its arrays, [B, L, ..
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip.norms import accumulator
+from optaxclip._reductions import accumulator
 from optaxclip.per_example.forms import Dense, Form, Gathered, Outer, Sum, add
 from optaxclip.per_example.layout import Layout
 
@@ -22,14 +23,10 @@ def of_constant(form: Form) -> Form:
         return Gathered(_merged(form.ids, 1), _merged(form.right, 1), form.layout)
     if isinstance(form, Sum):
         return add([of_constant(x) for x in form.terms])
-    if isinstance(form, Dense):
-        wide = accumulator(form.dtype) if jnp.issubdtype(form.dtype, jnp.floating) else None
-        stacked = jnp.sum(form.stacked, axis=1, dtype=wide).astype(form.dtype)
-        return Dense(stacked, form.reason)
-    raise TypeError(
-        f"a form must be Outer, Gathered, Dense or Sum, got {type(form).__name__}. Return one of"
-        " them from the rule."
-    )
+    dense: Any = form
+    wide = accumulator(dense.dtype) if jnp.issubdtype(dense.dtype, jnp.floating) else None
+    stacked = jnp.sum(dense.stacked, axis=1, dtype=wide).astype(dense.dtype)
+    return Dense(stacked, dense.reason)
 
 
 def of_slices(form: Form, length: int) -> Form:
@@ -44,12 +41,7 @@ def of_slices(form: Form, length: int) -> Form:
         return Gathered(_merged(ids, 1), _merged(form.right, 1), layout)
     if isinstance(form, Sum):
         return add([of_slices(x, length) for x in form.terms])
-    if isinstance(form, Dense):
-        return form
-    raise TypeError(
-        f"a form must be Outer, Gathered, Dense or Sum, got {type(form).__name__}. Return one of"
-        " them from the rule."
-    )
+    return form
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:

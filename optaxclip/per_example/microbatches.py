@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._compat import as_varying
-
-Tree = Any
+from optaxclip._leaves import Tree
 
 
 def accumulated(
@@ -33,24 +33,35 @@ def accumulated(
     return total, jax.tree.map(_join, each)
 
 
-def check_size(size: Any, examples: int) -> None:
-    """Raises unless `size` is a whole number that divides the number of examples."""
-    if isinstance(size, bool) or not isinstance(size, int):
+def check_size(size: Any) -> None:
+    """Raises unless `size` is a whole number >= 1, or None for all examples."""
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise TypeError(
-            f"microbatch_size must be a whole number, got {size!r}. Pass for example 8."
+            f"microbatch_size must be a whole number, got {size!r}. Pass for example 8, or None for"
+            " all examples."
         )
-    if size < 1 or examples % size:
+    if size < 1:
+        raise ValueError(
+            f"microbatch_size must be >= 1, got {size}. Pass 1 or more, or None for all examples."
+        )
+
+
+def check_divides(size: Any, examples: int) -> None:
+    """Raises unless `size` divides the number of examples."""
+    if size is not None and examples % size:
         raise ValueError(
             f"microbatch_size must divide the number of examples, got {size} for {examples}. Pass a"
-            " divisor, or pad the batch."
+            f" divisor of {examples}, or None."
         )
 
 
 def _split(x: jax.Array, size: int) -> jax.Array:
     """`[B, ...]` -> `[n, size, ...]`, every n-th together, so that a sharded batch stays put."""
-    return x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(size, x.shape[0] // size, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _join(parts: jax.Array) -> jax.Array:
     """Back from `_split`."""
-    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+    return parts.swapaxes(0, 1).reshape(parts.shape[0] * parts.shape[1], *parts.shape[2:])

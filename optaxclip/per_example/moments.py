@@ -1,18 +1,16 @@
 """The mean of squared per-example gradients, element by element."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.contractions import by_rank, ranks
 from optaxclip.per_example.forms import Form, Gathered, Outer
 from optaxclip.per_example.incoming import Incoming
 from optaxclip.per_example.trees import cast
-
-Tree = Any
 
 # Gradients that have to be stacked are stacked for so many numbers at a time (64 MB in float32).
 _AT_ONCE = 2**24
@@ -80,7 +78,7 @@ def _by_parts(form: Form) -> jax.Array:
     number = len(jax.tree.leaves(form)[0])
     most = max(1, _AT_ONCE // max(1, jax.ShapeDtypeStruct(form.shape, form.dtype).size))
     size = max(k for k in range(1, min(number, most) + 1) if number % k == 0)
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), form)
+    parts = jax.tree.map(lambda x: x.reshape(number // size, size, *x.shape[1:]), form)
 
     def add(total: jax.Array, part: Form) -> tuple[jax.Array, None]:
         return total + jnp.sum(_squared(part.materialize()), axis=0), None

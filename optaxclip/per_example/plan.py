@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from optaxclip._leaves import path_name
-from optaxclip.per_example.arguments import Argnums, Options, bind
+from optaxclip.per_example.arguments import Argnums, Options, call_of
+from optaxclip.per_example.checks import shown
 from optaxclip.per_example.costs import (
     Costs,
     bytes_of,
@@ -16,11 +16,11 @@ from optaxclip.per_example.costs import (
     plain_flops,
     sum_flops,
 )
+from optaxclip.per_example.cotangents import value_and_forms
 from optaxclip.per_example.fallbacks import reason
 from optaxclip.per_example.flatten import trace
 from optaxclip.per_example.forms import Form, is_form, terms, zero_like
 from optaxclip.per_example.table import amount, note, table
-from optaxclip.per_example.tracing import value_and_forms
 from optaxclip.per_example.uses import users
 
 
@@ -46,9 +46,9 @@ class Row:
     """Why gradients have to be stacked; empty if they do not."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """What `explain` returns; print it."""
+    """What `explain` returns; it shows as a table."""
 
     rows: tuple[Row, ...]
     costs: Costs
@@ -57,14 +57,17 @@ class Plan:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """Paths of the parameters whose gradients are stacked for want of a factored form."""
+        """Paths of the parameters whose gradients are stacked for want of a factored form.
+
+        That of a single array is "the root".
+        """
         return tuple(row.path for row in self.rows if row.fallback)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The rows as plain data, by path."""
         return {row.path: dataclasses.asdict(row) for row in self.rows}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = ("parameter", "shape", "uses", "form", "norm by", "norm", "sum", "held")
         lines = table([head, *map(_cells, self.rows)])
         printed = [lines[0]]
@@ -79,7 +82,7 @@ class Plan:
         return [
             f"Held by the forms: {amount(costs.factor_bytes, 'B')}; stacked it would be"
             f" {amount(costs.stacked_bytes, 'B')}.",
-            "Stacked by coordinate_median and coordinate_trimmed_mean; all else takes the forms.",
+            "Of the aggregators only coordinate_median and coordinate_trimmed_mean stack them.",
             f"A plain gradient: parameters {amount(costs.parameter_bytes, 'B')}, residuals"
             f" {amount(costs.residual_bytes, 'B')}, {amount(self.plain_flops, 'FLOP')}.",
             f"The norms add {amount(costs.norm_flops, 'FLOP')} ({share:.1%}).",
@@ -114,7 +117,7 @@ def explain(
       **kwargs: keyword arguments of `fun`.
 
     Returns:
-      A `Plan`: one row per parameter; `.fallbacks`, `.to_dict()`. Print it for a table with
+      A `Plan`: one row per parameter; `.fallbacks`, `.to_dict()`. It shows as a table with
       the uses of each parameter, its form, the way to its norm, the operations of the norm and
       of a weighted sum, and the bytes held.
 
@@ -147,7 +150,7 @@ def explain(
 
 
 def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
-    call = bind(fun, options, args, kwargs)
+    call = call_of(fun, options, args, kwargs)
     program, _ = trace(call.fun, call.params, call.example)
     _, _, forms = value_and_forms(program, call.params, call.batch)
     grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
@@ -156,7 +159,7 @@ def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
     uses = jax.tree.leaves(call.like_params(counts, lambda leaf: 0))
     leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
     rows = [
-        _row(path_name(path), form, count, call.size)
+        _row(shown(path), form, count, call.size)
         for (path, form), count in zip(leaves, uses, strict=True)
     ]
     return Plan(tuple(rows), costs_of(call, forms), plain_flops(call))
@@ -187,7 +190,7 @@ def _factors(form: Form) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     used = row.uses > 0
     return (
-        row.path or "(the argument)",
+        row.path,
         "x".join(map(str, row.shape)) or "scalar",
         str(row.uses),
         _listed(form.partition("(")[0] for form in row.forms) if used else "-",

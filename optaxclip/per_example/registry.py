@@ -74,13 +74,18 @@ def register_rule(*registered: Primitive) -> Callable[[Rule], Rule]:
     Returns:
       A decorator, which returns the rule as it is.
 
+    Raises:
+      TypeError: something else than primitives, or none. Where a rule is applied: what it returned
+        is no form shaped like the parameter.
+
     Guarantees:
       Without a rule, or where it returns None, the gradients of that operand are stacked by a
       VJP, which is exact for anything differentiable.
 
     Edge cases:
       Operands that carry the examples (`ctx.batched`) and cotangents have them on a leading
-      axis; the parameter has none. Rules see real floating-point parameters only.
+      axis; the parameter has none. Rules see real floating-point parameters only. They are kept
+      for the process.
 
     Example:
       `lax.rem`, the remainder of a division, has no rule: its gradients are stacked. Where the
@@ -100,12 +105,13 @@ def register_rule(*registered: Primitive) -> Callable[[Rule], Rule]:
       ...     return Dense(ctx.cotangent) if ctx.position == 0 else None
       >>> len(explain(loss, w, batch).fallbacks)
       0
-
-      Rules are kept for the process; this one is taken back.
-
-      >>> from optaxclip.per_example import registry
-      >>> _ = registry._RULES.pop(rem_p)
     """
+    if not registered or not all(isinstance(p, Primitive) for p in registered):
+        raise TypeError(
+            "register_rule must be given primitives, got"
+            f" {', '.join(map(repr, registered)) or 'none'}. Write @register_rule(primitive) above"
+            " the rule."
+        )
 
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(registered, rule))

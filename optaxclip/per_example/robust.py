@@ -1,106 +1,22 @@
 """Robust aggregators: what one update is when some examples are wrong, not just long.
 
-They share everything but a formula: `_aggregator` checks and measures the gradients, drops what
-is not finite, and keeps the statistics that `clip_per_example` keeps.
+Each is a formula; what they share is in `batch`.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from optaxclip._arguments import check_between, check_bound, check_count
-from optaxclip._leaves import Leaves
-from optaxclip._reductions import accumulator, largest
-from optaxclip._statistics import (
-    empty_example_stats,
-    empty_stats,
-    noise_scale_of,
-    record,
-    record_examples,
-)
-from optaxclip.clipping import ClipState
-from optaxclip.norms import Norm
-from optaxclip.per_example.forms import Form
-from optaxclip.per_example.incoming import Incoming, sq_norm, total
-from optaxclip.per_example.safe_norms import root
-from optaxclip.per_example.trees import cast, masked
-from optaxclip.responses import Drop, Rescale, Response
+from optaxclip._leaves import Leaves, Tree
+from optaxclip._reductions import accumulator
+from optaxclip.per_example.batch import WHOLE, Answer, Batch, aggregator
+from optaxclip.per_example.incoming import sq_norm
+from optaxclip.per_example.statistics import noise_scale_of
+from optaxclip.responses import Drop, Rescale
 from optaxclip.thresholds import Context, as_threshold, non_negative
-
-Tree = Any
-Arrays = list[jax.Array]
-_WHOLE = Norm("global")
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """The gradients of the finite examples; all others are zero."""
-
-    forms: list[Form]
-    """In float32 at least."""
-    norms: jax.Array
-    """[B]; NaN or infinite for the others."""
-    finite: jax.Array
-    """[B]."""
-
-    @property
-    def number(self) -> jax.Array:
-        """How many examples are finite."""
-        return jnp.sum(self.finite).astype(self.norms.dtype)
-
-    @property
-    def sq_norms(self) -> jax.Array:
-        """[B]; zero for the others."""
-        return jnp.where(self.finite, jnp.square(self.norms), 0)
-
-    def sum(self, weights: jax.Array) -> Arrays:
-        """`sum_b c_b g_b`."""
-        return [form.weighted_sum(weights) for form in self.forms]
-
-    def along(self, direction: Arrays) -> jax.Array:
-        """`<g_b, v>` for one v, [B]: the transpose of `sum`, so nothing is stacked."""
-        transposed = jax.linear_transpose(self.sum, jax.typeof(self.norms))
-        return transposed(direction)[0]
-
-    def distances(self, point: Arrays) -> jax.Array:
-        """`|g_b - v|`, [B]."""
-        squares = self.sq_norms - 2 * self.along(point) + sq_norm(point)
-        return root(jnp.maximum(squares, 0))
-
-    def mean_weights(self) -> jax.Array:
-        """[B], that make `sum` the mean."""
-        return jnp.where(self.finite, 1 / jnp.maximum(self.number, 1), 0)
-
-    def sorted(self) -> Arrays:
-        """The gradients stacked, each coordinate in order; infinity in the place of the others."""
-
-        def one(form: Form) -> jax.Array:
-            stacked = form.materialize()
-            finite = self.finite.reshape(-1, *(1,) * (stacked.ndim - 1))
-            return jnp.sort(jnp.where(finite, stacked, jnp.inf), axis=0)
-
-        return [one(form) for form in self.forms]
-
-
-class Answer(NamedTuple):
-    """One update, and what the statistics say of it."""
-
-    update: Arrays
-    memory: Tree = ()
-    norms: jax.Array | None = None
-    """What was compared with the bound, [B]; None: the norms."""
-    bound: Any = jnp.inf
-    response: Response = Rescale()
-    kept: jax.Array | None = None
-    """Examples within the bound; None: those whose norm is."""
-    noise_scale: jax.Array | None = None
-
-
-Rule = Callable[[Batch, Tree, Context], Answer]
 
 
 def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggregator:
@@ -125,7 +41,8 @@ def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggre
       An example with NaN or infinity changes nothing but a counter; a batch of them gives zeros.
 
     Edge cases:
-      Of equal norms, those of the examples that come first are kept.
+      Of equal norms, those of the examples that come first are kept. At least one example is
+      kept, whatever a traced fraction.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -139,7 +56,7 @@ def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggre
     check_between(fraction, "fraction", 0, 1, last=False)
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
-        kept_number = batch.number - _share(fraction, batch.number)
+        kept_number = batch.number - _share(fraction, batch.number, batch.number - 1)
         order = jnp.argsort(jnp.where(batch.finite, batch.norms, jnp.inf))
         rank = jnp.argsort(order)  # stable: of equal norms the first comes first
         kept = batch.finite & (rank < kept_number)
@@ -150,7 +67,7 @@ def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggre
         update = [x / divisor.astype(x.dtype) for x in sums]
         return Answer(update, bound=bound, response=Drop(), kept=kept, noise_scale=noise)
 
-    return _aggregator(name or "trim_by_norm", rule)
+    return aggregator(name or "trim_by_norm", rule)
 
 
 def centered_clip(
@@ -195,7 +112,7 @@ def centered_clip(
 
     def init(leaves: Leaves, params: Tree) -> Tree:
         start = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in leaves.arrays]
-        return limit.init(_WHOLE, params), start
+        return limit.init(WHOLE, params), start
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
         limit_state, point = memory
@@ -213,7 +130,7 @@ def centered_clip(
         measured = jnp.where(batch.finite, distances, batch.norms)
         return Answer([jnp.where(some, v, 0) for v in point], (limit_state, point), measured, bound)
 
-    return _aggregator(name or "centered_clip", rule, init)
+    return aggregator(name or "centered_clip", rule, init)
 
 
 def geometric_median(
@@ -226,7 +143,7 @@ def geometric_median(
 
     Args:
       iterations: how often, >= 1; each costs as much as two weighted sums. Static.
-      eps: the distance within which a gradient weighs no more, > 0.
+      eps: the distance within which a gradient weighs no more, > 0: a number or a traced scalar.
       name: how `clip_stats` calls this aggregator.
 
     Returns:
@@ -234,7 +151,8 @@ def geometric_median(
       the gradients as they came in.
 
     Raises:
-      ValueError: iterations < 1; eps < 0; gradients as for `clip_per_example`.
+      ValueError: iterations < 1; an eps that is not > 0 and finite; gradients as for
+        `clip_per_example`.
 
     Guarantees:
       Factored gradients and stacked ones give equal results, and factored ones are not stacked:
@@ -257,19 +175,25 @@ def geometric_median(
     """
     check_count(iterations, "iterations")
     check_bound(eps, "eps", schedule=False)
+    if not isinstance(eps, jax.core.Tracer) and not 0 < float(eps) < float("inf"):
+        raise ValueError(f"eps must be > 0 and finite, got {eps}. Pass for example 1e-6.")
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
         sums = batch.sum(batch.finite.astype(batch.norms.dtype))
         noise = noise_scale_of(batch.sq_norms, batch.finite, sq_norm(sums))
         divisor = jnp.maximum(batch.number, 1)
         point = [x / divisor.astype(x.dtype) for x in sums]
-        least = jnp.maximum(jnp.asarray(eps).astype(batch.norms.dtype), _tiny(batch.norms))
+        info = jnp.finfo(batch.norms.dtype)
+        least = jnp.clip(jnp.asarray(eps).astype(batch.norms.dtype), info.tiny, info.max)
         for _ in range(iterations):
-            nearness = jnp.where(batch.finite, 1 / jnp.maximum(batch.distances(point), least), 0)
-            point = batch.sum(nearness / jnp.maximum(jnp.sum(nearness), _tiny(nearness)))
+            distances = jnp.maximum(batch.distances(point), least)
+            # Relative to the nearest: 1 / distance may overflow, and so may a sum of them.
+            nearest = jnp.min(jnp.where(batch.finite, distances, jnp.inf))
+            nearness = jnp.where(batch.finite, nearest / distances, 0)
+            point = batch.sum(nearness / jnp.maximum(jnp.sum(nearness), 1))
         return Answer(point, noise_scale=noise)
 
-    return _aggregator(name or "geometric_median", rule)
+    return aggregator(name or "geometric_median", rule)
 
 
 def coordinate_median(*, name: str | None = None) -> aggregating.Aggregator:
@@ -310,7 +234,7 @@ def coordinate_median(*, name: str | None = None) -> aggregating.Aggregator:
 
         return Answer([middle(rows) for rows in batch.sorted()])
 
-    return _aggregator(name or "coordinate_median", rule)
+    return aggregator(name or "coordinate_median", rule)
 
 
 def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggregating.Aggregator:
@@ -332,6 +256,9 @@ def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggreg
     Guarantees:
       An example with NaN or infinity changes nothing but a counter; a batch of them gives zeros.
 
+    Edge cases:
+      At least one value, or the two in the middle, is kept, whatever a traced fraction.
+
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.coordinate_trimmed_mean(0.25)
@@ -344,7 +271,7 @@ def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggreg
     check_between(fraction, "fraction", 0, 0.5, last=False)
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
-        ends = _share(fraction, batch.number)
+        ends = _share(fraction, batch.number, jnp.floor((batch.number - 1) / 2))
 
         def mean(rows: jax.Array) -> jax.Array:
             rank = jnp.arange(len(rows)).reshape(-1, *(1,) * (rows.ndim - 1))
@@ -354,54 +281,10 @@ def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggreg
 
         return Answer([mean(rows) for rows in batch.sorted()])
 
-    return _aggregator(name or "coordinate_trimmed_mean", rule)
+    return aggregator(name or "coordinate_trimmed_mean", rule)
 
 
-def _aggregator(
-    name: str, rule: Rule, init: Callable[[Leaves, Tree], Tree] = lambda leaves, params: ()
-) -> aggregating.Aggregator:
-    """The aggregator of a rule: checks, norms, what is not finite, statistics."""
-
-    def init_fn(params: Tree) -> ClipState:
-        leaves = _WHOLE.leaves(params)
-        stats = empty_stats(_WHOLE, _WHOLE.layout(leaves))._replace(examples=empty_example_stats())
-        return ClipState(name, stats, init(leaves, params))
-
-    def update_fn(
-        updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
-    ) -> tuple[Tree, ClipState]:
-        incoming = Incoming.of(updates, params)
-        leaves = _WHOLE.leaves(incoming.like)
-        layout = _WHOLE.layout(leaves)
-        forms = [incoming.forms[i] for i in leaves.positions]
-        norms = root(total([form.sq_norm() for form in forms], incoming.size))
-        finite = jnp.isfinite(norms)
-        wide = [cast(masked(form, finite), accumulator(form.dtype)) for form in forms]
-        context = Context(state.stats.count, _WHOLE, layout, leaves, params, extra_args)
-        answer = rule(Batch(wide, norms, finite), state.threshold_state, context)
-
-        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
-            """What becomes of an example's norm."""
-            return jnp.where(jnp.isfinite(norm), norm * answer.response.factor(norm, bound), 0.0)
-
-        measured = norms if answer.norms is None else answer.norms
-        bound = jnp.asarray(answer.bound, measured.dtype)
-        worst, bounds = layout.bundle([largest(measured)]), layout.bundle([bound])
-        stats = record(state.stats, layout, worst, bounds, answer.response, clip_norm)
-        beyond = ~(measured <= bound) if answer.kept is None else ~answer.kept
-        stats = record_examples(stats, norms, finite, beyond, answer.noise_scale)
-        sums = incoming.zeros()
-        for i, x in zip(leaves.positions, answer.update, strict=True):
-            sums[i] = x.astype(incoming.forms[i].dtype)
-        return incoming.update(sums), ClipState(state.name, stats, answer.memory)
-
-    return aggregating.Aggregator(init_fn, update_fn)
-
-
-def _share(fraction: Any, number: jax.Array) -> jax.Array:
-    """`floor(fraction N)`; the product of a fraction such as 0.7 may be just below its integer."""
-    return jnp.floor(jnp.asarray(fraction).astype(number.dtype) * number + 1e-3)
-
-
-def _tiny(x: jax.Array) -> Any:
-    return jnp.finfo(x.dtype).tiny
+def _share(fraction: Any, number: jax.Array, most: jax.Array) -> jax.Array:
+    """`floor(fraction N)`, from 0 to `most`; 0.7 N may round to just below its integer."""
+    share = jnp.floor(jnp.asarray(fraction).astype(number.dtype) * number * (1 + 1e-6))
+    return jnp.clip(share, 0, jnp.maximum(most, 0))

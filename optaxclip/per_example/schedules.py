@@ -11,16 +11,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
-from optaxclip.per_example.arguments import Argnums, Call, Options, bind, unbatched_aux
+from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
 from optaxclip.per_example.costs import Costs, Method, costs_of, total_loss
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.forms import Dense, Form, zero_like
 from optaxclip.per_example.gradients import factored
-from optaxclip.per_example.microbatches import accumulated, check_size
+from optaxclip.per_example.microbatches import accumulated, check_divides, check_size
 from optaxclip.per_example.trees import cast, sq_norms, weighted_sum
 
-Tree = Any
 Weights = Callable[[jax.Array], jax.Array]
 
 
@@ -71,14 +71,16 @@ def reweighted_grad(
       has_aux: whether `fun` returns `(loss, aux)`.
       keep_batch_dim: whether `fun` sees an example as a batch of one.
       prng_argnum: the argument that is a random key.
-      strict: whether to raise where factored gradients have to be stacked for want of a form.
+      strict: whether to raise where no factored form is known for a leaf, so that its gradients
+        must be stacked.
 
     Returns:
       A function of the arguments of `fun`, which returns a `Reweighted`.
 
     Raises:
-      ValueError: unknown method; weights that are not [B]; a micro-batch size that does not
-        divide B; otherwise as `per_example_grad`.
+      ValueError: unknown method; weights that are not [B]; a micro-batch size that is < 1 or does
+        not divide B; otherwise as `per_example_grad`.
+      TypeError: a micro-batch size that is no whole number; otherwise as `per_example_grad`.
 
     Guarantees:
       All methods give the same numbers to rounding. Under `jit`, what a method does not need
@@ -99,10 +101,12 @@ def reweighted_grad(
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
     check_method(method)
+    if microbatch_size != "auto":
+        check_size(microbatch_size)
 
     @functools.wraps(fun)
     def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
-        call = bind(fun, options, args, kwargs)
+        call = call_of(fun, options, args, kwargs)
 
         seen: list[Costs] = []
 
@@ -116,15 +120,14 @@ def reweighted_grad(
             _check_weights(c, some.size)
             if chosen == "two_pass":
                 return _second_sums(some, c), (losses, squares, c, aux)
-            wide = [cast(form, _wide(form.dtype)) for form in forms]
+            wide = [cast(form, accumulator(form.dtype)) for form in forms]
             return weighted_sum(wide, c), (losses, squares, c, aux)
 
         once = jax.jit(part)  # traced once a size
         size: Any = microbatch_size
         if size == "auto":
             size = best_microbatch_size(call, once, seen) if method == "auto" else None
-        elif size is not None:
-            check_size(size, call.size)
+        check_divides(size, call.size)
         run = part if size is None else functools.partial(accumulated, once, size=size)
         sums, (losses, squares, c, aux) = run(call.batch)
         sums = [x.astype(p.dtype) for x, p in zip(sums, call.params, strict=True)]
@@ -147,10 +150,6 @@ def best_microbatch_size(call: Call, part: Callable, seen: list[Costs]) -> int |
     if parts == 1 or not sizes or 4 * sizes[-1] * parts < call.size:
         return None
     return sizes[-1]
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(accumulator(dtype), dtype)
 
 
 def check_method(method: Any) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip._leaves import Tree
 from optaxclip.per_example.forms import Dense, Form, Sum, is_form
+from optaxclip.per_example.incoming import examples_of
 from optaxclip.per_example.safe_norms import norms_of
-
-Tree = Any
 
 
 def sq_norms(grads: Tree) -> jax.Array:
@@ -24,10 +24,10 @@ def sq_norms(grads: Tree) -> jax.Array:
         `vmap(grad)` returns.
 
     Returns:
-      One number an example, in float32 (float64 for 64-bit leaves).
+      One number per example, in float32 (float64 for 64-bit leaves).
 
     Raises:
-      ValueError: a tree without leaves.
+      ValueError: a tree without leaves, or whose leaves differ in B.
 
     Edge cases:
       In float32 it is infinite for norms beyond 1e19; see `norms`.
@@ -38,6 +38,7 @@ def sq_norms(grads: Tree) -> jax.Array:
       >>> print(sq_norms({"w": jnp.array([[3.0, 4.0], [1.0, 0.0]]), "b": jnp.array([0.0, 2.0])}))
       [25.  5.]
     """
+    examples_of(grads)
     return _total([form.sq_norm() for form in _forms(grads)])
 
 
@@ -50,10 +51,10 @@ def norms(grads: Tree) -> jax.Array:
       grads: per-example gradients, factored or stacked.
 
     Returns:
-      One number an example, in float32 (float64 for 64-bit leaves).
+      One number per example, in float32 (float64 for 64-bit leaves).
 
     Raises:
-      ValueError: a tree without leaves.
+      ValueError: a tree without leaves, or whose leaves differ in B.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,9 +62,8 @@ def norms(grads: Tree) -> jax.Array:
       >>> print((norms(jnp.array([[3e25, 4e25], [0.0, 1e25]])) / 1e25).round(3))
       [5. 1.]
     """
-    forms = _forms(grads)
-    _check_leaves(forms)
-    return norms_of(forms)
+    examples_of(grads)
+    return norms_of(_forms(grads))
 
 
 def inner(grads: Tree, other: Tree) -> jax.Array:
@@ -74,10 +74,10 @@ def inner(grads: Tree, other: Tree) -> jax.Array:
       other: the like of the same parameters, for as many examples.
 
     Returns:
-      One number an example, in float32 (float64 for 64-bit leaves).
+      One number per example, in float32 (float64 for 64-bit leaves).
 
     Raises:
-      ValueError: trees of different structure, or without leaves.
+      ValueError: trees of different structure or numbers of examples, or without leaves.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,6 +91,12 @@ def inner(grads: Tree, other: Tree) -> jax.Array:
         raise ValueError(
             f"grads and other must have one structure, got {ours} and {theirs}. Take both"
             " with respect to the same parameters."
+        )
+    sizes = examples_of(grads), examples_of(other)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"grads and other must have one number of examples, got {sizes[0]} and {sizes[1]}. Take"
+            " both of one batch."
         )
     pairs = zip(_forms(grads), _forms(other), strict=True)
     return _total([x.inner(y) for x, y in pairs])
@@ -107,7 +113,7 @@ def weighted_sum(grads: Tree, weights: jax.Array) -> Tree:
       A tree like the parameters, of their dtypes.
 
     Raises:
-      ValueError: weights of another rank than 1.
+      ValueError: weights that are not [B]; a tree without leaves, or whose leaves differ in B.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,11 +121,11 @@ def weighted_sum(grads: Tree, weights: jax.Array) -> Tree:
       >>> print(weighted_sum(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 0.5])))
       [2.5 4. ]
     """
-    weights = jnp.asarray(weights)
-    if weights.ndim != 1:
+    weights, size = jnp.asarray(weights), examples_of(grads)
+    if weights.shape != (size,):
         raise ValueError(
-            f"weights must have one entry per example, got shape {weights.shape}. Pass an"
-            " array of shape [B]."
+            f"weights must have one entry per example, got shape {weights.shape} for {size}"
+            f" examples. Pass an array of shape ({size},)."
         )
     return _map(lambda form: form.weighted_sum(weights), grads)
 
@@ -148,8 +154,8 @@ def materialize(grads: Tree) -> Tree:
 def masked(grads: Tree, keep: jax.Array) -> Tree:
     """The gradients with zero for the examples where `keep`, [B], is false, NaN or not.
 
-    Every array of a form has the examples on its first axis, and one whose factors (and ids,
-    which stay in range) are zero is zero.
+    Factors are masked, not gradients, so nothing is stacked. Masked ids become 0, which is a valid
+    row.
 
     Args:
       grads: per-example gradients, factored or stacked.
@@ -158,6 +164,9 @@ def masked(grads: Tree, keep: jax.Array) -> Tree:
     Returns:
       A tree like `grads`, of the same forms.
 
+    Raises:
+      ValueError: a mask that is not [B]; a tree without leaves, or whose leaves differ in B.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optaxclip.per_example import masked
@@ -165,6 +174,12 @@ def masked(grads: Tree, keep: jax.Array) -> Tree:
       [[1. 2.]
        [0. 0.]]
     """
+    keep, size = jnp.asarray(keep), examples_of(grads)
+    if keep.shape != (size,):
+        raise ValueError(
+            f"keep must have one entry per example, got shape {keep.shape} for {size} examples."
+            f" Pass an array of booleans of shape ({size},)."
+        )
 
     def mask(x: jax.Array) -> jax.Array:
         return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
@@ -197,10 +212,4 @@ def _forms(grads: Tree) -> list[Form]:
 
 
 def _total(parts: list[jax.Array]) -> jax.Array:
-    _check_leaves(parts)
     return functools.reduce(jnp.add, parts)
-
-
-def _check_leaves(leaves: list[Any]) -> None:
-    if not leaves:
-        raise ValueError("grads must have at least one leaf, got none. Pass parameters.")

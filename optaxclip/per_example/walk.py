@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optaxclip._compat import source_line
-from optaxclip.per_example.forms import Dense, Form
+from optaxclip.per_example.forms import Dense, Form, is_form
 from optaxclip.per_example.program import (
     Block,
     Equation,
@@ -106,9 +106,22 @@ def _forms(
         if form is None:
             left.append(position)
         else:
-            found.append((number, form))
+            found.append((number, _checked(form, ctx)))
     if left:
         why = f"no exact factored form for {eqn.primitive} at {source_line(eqn)}"
         stacked = stacked_vjp(eqn, tuple(left), batched, operands, tuple(cotangents))
         found += [(inputs[p], Dense(x, why)) for p, x in zip(left, stacked, strict=True)]
     return found
+
+
+def _checked(form: Any, ctx: RuleContext) -> Form:
+    """What a rule returned. Raises unless it is a form shaped like the parameter."""
+    shape = tuple(ctx.parameter.shape)
+    if not is_form(form) or form.shape != shape:
+        found = f"{type(form).__name__} of {form.shape}" if is_form(form) else repr(form)
+        raise TypeError(
+            f"a rule must return a form shaped like the parameter, got {found} for {shape}, of"
+            f" {ctx.equation.primitive} at {ctx.source}. Return Outer, Gathered, Dense or Sum, or"
+            " None where the rule does not apply."
+        )
+    return form

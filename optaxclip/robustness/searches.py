@@ -24,7 +24,7 @@ from optaxclip.robustness.perturbations import (
 
 
 class SensitivityStats(NamedTuple):
-    """What `input_sensitivity` found; float32 unless inputs and outputs are float64."""
+    """What `input_sensitivity` found; float64 where the outputs are, else float32."""
 
     largest: jax.Array
     """Over all examples and directions, ascended ones included."""
@@ -46,11 +46,11 @@ def sensitivity(
 
         def change(direction: jax.Array) -> tuple[jax.Array, jax.Array, Callable]:
             """Of the outputs, the quotients, and how the outputs' cotangents come back."""
-            moved = x + radius * direction
+            moved = x + (radius * direction).astype(x.dtype)
             outputs, pull = jax.vjp(lambda x: flat(fun(params, x)), moved)
             # By what was moved and not by the radius: x + d rounds.
             quotient = lengths(outputs - base, norm) / lengths(flat(moved - x), norm)
-            return outputs - base, quotient, pull
+            return outputs - base, quotient.astype(base.dtype), pull
 
         def at_random(carry: Any, number: jax.Array) -> tuple[Any, None]:
             total, reach = carry

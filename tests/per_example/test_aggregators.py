@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import close, normal
+from agreement import close, normal, stacked_grads
 
 import optaxclip
 from optaxclip import clip_per_example
 from optaxclip.per_example import masked, materialize, per_example_grad, sq_norms
-from optaxclip.per_example._reference import stacked_grads
 
 SIZE = 5
 

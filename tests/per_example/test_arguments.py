@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import close, normal
+from agreement import close, normal, stacked_grads
 from flax import nnx
 
 from optaxclip.per_example import (
@@ -19,7 +19,6 @@ from optaxclip.per_example import (
     sq_norms,
     weighted_sum,
 )
-from optaxclip.per_example._reference import stacked_grads
 
 with jax.enable_x64(True):
     W, V, X, Y = normal(0, 4, 3), normal(1, 3), normal(2, 6, 4), normal(3, 6)

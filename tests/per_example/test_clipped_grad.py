@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import close, normal
+from agreement import close, normal, stacked_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,7 +17,6 @@ from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
 import optaxclip
 from optaxclip import clipped_grad, clipped_value_and_grad
 from optaxclip.per_example import AuxiliaryOutput
-from optaxclip.per_example._reference import stacked_grads
 
 # jax-privacy 2.0 calls a name that optax has renamed since.
 pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
@@ -281,6 +280,9 @@ def test_the_norm_may_be_traced_and_negative(params, batch):
     fun = jax.jit(lambda c: clipped_grad(loss, l2_clip_norm=c)(params, batch))
     close(fun(0.8), clipped_grad(loss, l2_clip_norm=0.8)(params, batch), 1e-6)
     assert not any(map(np.any, jax.tree.leaves(fun(-1.0))))
+    for bound in (jnp.asarray(-1.0), np.asarray(-1.0), {"layers": jnp.asarray(-1.0), "scale": 0}):
+        negative = clipped_grad(loss, l2_clip_norm=bound)
+        assert negative.sensitivity("REPLACE_ONE") == negative.l2_norm_bound == 0
 
 
 @pytest.mark.parametrize(
@@ -289,8 +291,8 @@ def test_the_norm_may_be_traced_and_negative(params, batch):
         ({"l2_clip_norm": -1.0}, "l2_clip_norm must be >= 0, got -1.0"),
         ({"l2_clip_norm": {"scale": -2.0}}, r"l2_clip_norm\['scale'\] must be >= 0, got -2.0"),
         ({"normalize_by": 0.0}, "normalize_by must be > 0, got 0.0"),
-        ({"microbatch_size": 0}, "microbatch_size must be a whole number >= 1, got 0"),
-        ({"batch_argnums": ()}, "Batch Argnums must not be empty"),
+        ({"microbatch_size": 0}, "microbatch_size must be >= 1, got 0"),
+        ({"batch_argnums": ()}, r"batch_argnums must name an argument, got \(\)"),
         ({"batch_argnums": 0}, "must not overlap, got 0 in argnums and in batch_argnums"),
         ({"batch_argnums": -1}, "batch_argnums must be >= 0, got -1"),
         ({"method": "fast"}, "unknown method, got 'fast'"),
@@ -305,6 +307,18 @@ def test_options_are_checked(arguments, message):
         clipped_grad(loss, **{"l2_clip_norm": 1.0, **arguments})
 
 
+@pytest.mark.parametrize("size", [True, 2.0, "auto", jnp.asarray(2)])
+def test_a_micro_batch_size_is_a_whole_number(size):
+    with pytest.raises(TypeError, match="microbatch_size must be a whole number, got"):
+        clipped_grad(loss, l2_clip_norm=1.0, microbatch_size=size)
+
+
+def test_a_micro_batch_size_may_be_numpys(params, batch):
+    sizes = (2, np.int64(2))
+    one, two = (clipped_grad(loss, l2_clip_norm=1.0, microbatch_size=s) for s in sizes)
+    close(one(params, batch), two(params, batch), 1e-12)
+
+
 def test_options_of_other_versions_are_refused():
     with pytest.raises(TypeError, match="unexpected keyword argument 'integer_grid'"):
         clipped_grad(loss, l2_clip_norm=1.0, integer_grid=True)
@@ -313,9 +327,22 @@ def test_options_of_other_versions_are_refused():
 @pytest.mark.parametrize(
     ("options", "named", "message"),
     [
-        ({"microbatch_size": 4}, {}, "must divide the batch size 6, got 4"),
+        (
+            {"microbatch_size": 4},
+            {},
+            "must divide the number of examples, got 4 for 6. Pass a divisor of 6",
+        ),
         ({}, {"is_padding_example": jnp.zeros(5, bool)}, r"got shape \(5,\) for 6 examples"),
-        ({}, {"shift": 1.0}, "first axis, got a scalar at shift"),
+        (
+            {},
+            {"shift": 1.0},
+            r"scalar at shift. Bind it first: functools.partial\(fun, shift=...\)",
+        ),
+        (
+            {},
+            {"shift": jnp.ones(4)},
+            r"sizes must agree, got \(4,\) at shift and \(6, 4\) at batch",
+        ),
         ({"l2_clip_norm": {"layers": 1.0}}, {}, "l2_clip_norm must be a tree prefix"),
     ],
 )

@@ -21,6 +21,7 @@ CASES = {
     "scan": (lambda a: lax.scan(lambda c, _: (jnp.sin(c), None), a, length=7), (A,), 7 * 128),
     "cond": (lambda a: lax.cond(a[0, 0] > 0, jnp.sin, lambda a: jnp.sin(jnp.cos(a)), a), (A,),
              2 * 128 + 1),
+    "nothing in, nothing out": (lambda a: jax.debug.print("here"), (A,), 0),
     "calls": (jax.checkpoint(jax.jit(jnp.sin)), (A,), 128),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_equals_oracle, close, normal
+from agreement import assert_equals_oracle, close, normal, stacked_grads
 from flax import nnx
 from jax import lax
 
@@ -18,7 +18,6 @@ from optaxclip.per_example import (
     sq_norms,
     weighted_sum,
 )
-from optaxclip.per_example._reference import stacked_grads
 
 IDS = jnp.array([[0, 2, 2, 5, 1], [1, 1, 1, 1, 1], [3, 0, 4, 3, 0]])
 

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import close, normal
+from agreement import close, normal, stacked_grads
 
 from optaxclip.per_example import Gathered, Outer, Sum, per_example_grad, second_moment
-from optaxclip.per_example._reference import stacked_grads
 
 B = 6
 
@@ -85,6 +84,17 @@ def test_memory_is_bounded(name, stacks):
     grads = per_example_grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))(w, x)
     jaxpr = jax.make_jaxpr(second_moment)(grads)
     assert max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars) < 64 * 30 * 40
+
+
+def test_a_parameter_that_is_not_used_has_zeros():
+    params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3), "frozen": jnp.ones((2, 2))}
+    fun = lambda p, x: over_time(p, x * jax.lax.stop_gradient(p["frozen"][0, 0]))
+    grads = per_example_grad(fun)(params, normal(0, B, 5, 4))
+    found = second_moment({**grads, "empty": jnp.zeros((B, 0, 2))})
+    np.testing.assert_array_equal(found["frozen"], jnp.zeros((2, 2)))
+    assert found["empty"].shape == (0, 2)
+    unused = per_example_grad(lambda p, x: jnp.sum(x * p["b"]))(params, normal(0, B, 3))
+    np.testing.assert_array_equal(second_moment(unused)["w"], jnp.zeros((4, 3)))
 
 
 def test_low_precision_is_squared_in_float32_and_integers_are_zero():

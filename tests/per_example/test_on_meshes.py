@@ -117,6 +117,31 @@ def test_inside_shard_map_each_device_has_its_own_examples(
     assert_near(jax.jit(step)(params, batch), oracle[0])
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_padding_in_micro_batches_inside_shard_map(params, batch, mesh, oracle, check_vma):
+    """A device of nothing but padding, and others with a micro-batch of it."""
+    padding = jnp.arange(BATCH) % 2 == 1
+    grad = optaxclip.clipped_grad(
+        loss, l2_clip_norm=1.0, keep_batch_dim=False, microbatch_size=1, return_values=True
+    )
+
+    def step(params, batch, padding):
+        sums, aux = grad(params, batch, is_padding_example=padding)
+        return jax.lax.psum(sums, "data"), aux.values
+
+    spread = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P("data")),
+            check_vma=check_vma,
+        )
+    )  # fmt: skip
+    some, values = spread(params, batch, padding)
+    others, _ = spread(params, batch, ~padding)
+    assert_near(jax.tree.map(jnp.add, some, others), oracle[0])
+    np.testing.assert_array_equal(np.asarray(values) == 0, padding)
+    assert not any(map(np.any, jax.tree.leaves(spread(params, batch, padding | True)[0])))
+
+
 def test_clip_per_example_inside_shard_map(params, batch, mesh, oracle):
     tx = optaxclip.clip_per_example(1.0)
 

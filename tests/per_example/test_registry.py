@@ -5,7 +5,7 @@ from agreement import assert_equals_oracle, normal
 from jax import lax
 
 from optaxclip._compat import primitives
-from optaxclip.per_example import Dense, registry
+from optaxclip.per_example import Dense, per_example_grad, registry
 from optaxclip.per_example.registry import register_rule
 
 
@@ -26,7 +26,7 @@ with jax.enable_x64(True):
 
 
 def test_a_new_rule_replaces_the_fallback(rules):
-    assert_equals_oracle(loss, W, X, fallbacks=[""])
+    assert_equals_oracle(loss, W, X, fallbacks=["the root"])
 
     @register_rule(primitives.rem_p)
     def rem(ctx, w, x):
@@ -43,7 +43,31 @@ def test_a_new_rule_replaces_the_fallback(rules):
 
 def test_a_rule_may_decline(rules):
     register_rule(primitives.rem_p)(lambda ctx, *operands, **params: None)
-    assert_equals_oracle(loss, W, X, fallbacks=[""])
+    assert_equals_oracle(loss, W, X, fallbacks=["the root"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        (lambda ctx: Dense(ctx.cotangent[:, :3]), r"Dense of \(3,\)"),
+        (lambda ctx: Dense(ctx.cotangent[..., None]), r"Dense of \(4, 1\)"),
+        (lambda ctx: ctx.cotangent[0, 0] * 0 + 7, r"Array\(7"),
+    ],
+)
+@pytest.mark.parametrize("within", [loss, jax.checkpoint(loss)])
+def test_what_a_rule_returns_is_checked(rules, returned, what, within):
+    register_rule(primitives.rem_p)(lambda ctx, *operands, **params: returned(ctx))
+    message = rf"got {what}.* for \(4,\), of rem at .*test_registry.py.*\(loss\). Return Outer"
+    with pytest.raises(TypeError, match=message):
+        per_example_grad(within)(W, X)
+
+
+@pytest.mark.parametrize("primitive", [(), (loss,), (primitives.rem_p, "rem")])
+def test_a_rule_is_for_primitives(rules, primitive):
+    before = dict(rules)
+    with pytest.raises(TypeError, match=r"must be given primitives, got (none|.*loss|rem, 'rem')"):
+        register_rule(*primitive)
+    assert rules == before
 
 
 def test_each_operand_is_asked_for_on_its_own():

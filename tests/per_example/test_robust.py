@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import close, normal
+from agreement import close, normal, stacked_grads
 from test_aggregators import PARAMS, SIZE, aggregate, loss
 
 import optaxclip
@@ -17,7 +17,6 @@ from optaxclip import (
     trim_by_norm,
 )
 from optaxclip.per_example import per_example_grad
-from optaxclip.per_example._reference import stacked_grads
 
 
 @pytest.fixture
@@ -188,6 +187,51 @@ def test_far_outliers_do_not_move_the_medians():
         np.testing.assert_allclose(found, 1, atol=0.25)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-38, 1e-6, 1e38, np.inf])
+def test_the_geometric_median_of_equal_gradients_is_theirs(eps):
+    """Eight times 1e38 overflows."""
+    grads = jnp.tile(jnp.array([3.0, -4.0], jnp.float32), (8, 1))
+
+    def median(eps):
+        tx = geometric_median(eps=eps)
+        return tx.update(grads, tx.init(jnp.zeros(2, jnp.float32)))[0]
+
+    # Traced, so that it is not refused; jitted, XLA may simplify.
+    np.testing.assert_allclose(jax.jit(median)(jnp.float32(eps)), grads[0], rtol=1e-6)
+    if 0 < eps < np.inf:
+        np.testing.assert_allclose(median(eps), grads[0], rtol=1e-6)
+
+
+def test_the_share_left_out_is_a_floor():
+    """Of every fraction k / 100 exactly k, though some products round to less; and one is kept."""
+    grads = jnp.arange(1.0, 101.0)[:, None]
+    tx = {"trim": trim_by_norm, "mean": coordinate_trimmed_mean}
+
+    @jax.jit
+    def mean(fraction):
+        found = {k: make(fraction) for k, make in tx.items()}
+        return {k: x.update(grads, x.init(jnp.zeros(1)))[0][0] for k, x in found.items()}
+
+    for dtype in (jnp.float32, jnp.float64):
+        for k in range(100):
+            found = mean(jnp.asarray(k / 100, dtype))
+            np.testing.assert_allclose(found["trim"], np.mean(np.arange(1, 101 - k)), rtol=1e-6)
+            np.testing.assert_allclose(found["mean"], 50.5, rtol=1e-6)
+    assert mean(1.0) == {"trim": 1.0, "mean": 50.5}
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(0.4996, 2), (0.4996, 1), (0.0, 1)])
+def test_a_trimmed_mean_never_cuts_all(fraction, number):
+    tx = coordinate_trimmed_mean(fraction)
+    found, _ = tx.update(2.0 + jnp.arange(number)[:, None], tx.init(jnp.zeros(1)))
+    assert found[0] == 2.0 + (number - 1) / 2
+
+
+def test_trim_by_norm_never_drops_the_only_example():
+    tx = trim_by_norm(0.9995)
+    assert tx.update(jnp.full((1, 1), 2.0), tx.init(jnp.zeros(1)))[0][0] == 2.0
+
+
 def test_low_precision_leaves_keep_their_dtype():
     params = {"w": jnp.ones((2, 2), jnp.bfloat16), "n": jnp.arange(2)}
     grads = {"w": jnp.ones((3, 2, 2), jnp.bfloat16), "n": jnp.zeros((3, 2), jnp.int32)}
@@ -207,6 +251,9 @@ def test_low_precision_leaves_keep_their_dtype():
         (lambda: centered_clip(1.0, iterations=0), "iterations must be >= 1, got 0"),
         (lambda: geometric_median(iterations=0), "iterations must be >= 1, got 0"),
         (lambda: geometric_median(eps=-1.0), "eps must be >= 0, got -1.0"),
+        (lambda: geometric_median(eps=0.0), "eps must be > 0 and finite, got 0.0"),
+        (lambda: geometric_median(eps=jnp.inf), "eps must be > 0 and finite, got inf"),
+        (lambda: geometric_median(eps=jnp.zeros(())), "eps must be > 0 and finite, got 0.0"),
     ],
 )
 def test_arguments_are_checked(make, message):

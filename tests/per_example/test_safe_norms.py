@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import normal
+from agreement import normal, stacked_grads
 
 from optaxclip.per_example import norms, per_example_grad, per_example_norms, sq_norms
-from optaxclip.per_example._reference import stacked_grads
 
 SIZES = jnp.array([1e-12, 1e-15, 1.0, 1e12, 1e15, 0.0])
 

@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import close, normal
+from agreement import close, normal, stacked_grads
 from test_gradients import batch, mlp, mlp_params
 
 from optaxclip.per_example import explain, reweighted_grad
-from optaxclip.per_example._reference import stacked_grads
-from optaxclip.per_example.arguments import Options, bind
+from optaxclip.per_example.arguments import Options, call_of
 from optaxclip.per_example.costs import Costs
 from optaxclip.per_example.schedules import best_microbatch_size
 
@@ -119,8 +118,9 @@ def test_micro_batches_add_in_float32():
     ("size", "error", "message"),
     [
         (4, ValueError, r"must divide the number of examples, got 4 for 6\. Pass a divisor"),
-        (0, ValueError, r"must divide the number of examples, got 0 for 6"),
+        (0, ValueError, r"microbatch_size must be >= 1, got 0"),
         (2.0, TypeError, r"must be a whole number, got 2\.0"),
+        (True, TypeError, r"must be a whole number, got True"),
     ],
 )
 def test_micro_batch_sizes_are_checked(size, error, message):
@@ -157,7 +157,9 @@ def test_the_best_size_divides_the_batch(count, parts, size):
         def parts(self, times):
             return parts
 
-    call = bind(mlp, Options(), (mlp_params(5, 3), (normal(0, count, 5), normal(1, count, 3))), {})
+    call = call_of(
+        mlp, Options(), (mlp_params(5, 3), (normal(0, count, 5), normal(1, count, 3))), {}
+    )
     assert best_microbatch_size(call, lambda batch: batch, [Asking()]) == size
 
 

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import assert_equals_oracle, normal
+from agreement import assert_equals_oracle, normal, stacked_grads
 from jax import lax
 
 from optaxclip import clip_per_example
 from optaxclip.per_example import per_example_grad, reweighted_grad, sq_norms, weighted_sum
-from optaxclip.per_example._reference import stacked_grads
 
 with jax.enable_x64(True):
     X, Y = normal(0, 6, 4), jnp.array([0, 1, 2, 0, 1, 2])

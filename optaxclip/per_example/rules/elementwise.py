@@ -1,8 +1,8 @@
 """Elementwise operations with a parameter: biases, scales, masks.
 
-Broadcasts are equations of their own, so a parameter has the shape of the output here and its
-stacked gradient that of the cotangent: nothing smaller exists. The broadcast's transpose adds
-it up.
+A parameter's stacked gradient has its own shape, which is that of the cotangent at most: nothing
+smaller exists. Where it was broadcast, by an equation before this one or by this one itself (a
+scalar, axes of length one), the transpose adds it up.
 """
 
 from typing import Any

@@ -29,6 +29,37 @@ def test_broadcast_parameter(name, shape):
     assert_equals_oracle(loss, normal(0, *shape), normal(1, 5, 3, 4))
 
 
+USES = {
+    "scalar": (lambda v, x: x[0] @ v, (4,)),
+    "row": (lambda v, x: x[:1] @ v, (4, 3)),
+    "column": (lambda v, x: x @ v, (4, 1)),
+    "whole": (lambda v, x: x @ v, (4, 3)),
+    "data": (lambda v, x: 5 + x[:, 1:], ()),
+    "b": (lambda v, x: v, (3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ["add", "subtract", "multiply", "divide"])
+def test_what_a_parameter_is_used_in_is_broadcast(name):
+    """Against data, against a parameter, and against another use (a dueling head)."""
+    op = getattr(jnp, name)
+    pairs = ["scalar data", "row data", "column data", "row b", "column row", "whole column",
+             "whole scalar"]  # fmt: skip
+    keys = [(pair, kind) for pair in pairs for kind in pair.split() if kind != "data"]
+
+    def loss(p, x):
+        y = 0.0
+        for pair in pairs:
+            for outer in (lambda a, b: jnp.sin(op(a, b)), lambda a, b: jnp.cos(op(b, a))):
+                # Anew for each: what goes into one sum alone may be tapped at that sum.
+                operands = (USES[kind][0](p.get(f"{pair}: {kind}"), x) for kind in pair.split())
+                y += jnp.sum(outer(*operands))
+        return y
+
+    params = {f"{p}: {kind}": normal(i, *USES[kind][1]) for i, (p, kind) in enumerate(keys)}
+    assert_equals_oracle(loss, params, jnp.sin(jnp.arange(60.0).reshape(5, 3, 4)))
+
+
 def test_a_bias_is_stacked_at_its_own_size():
     plan = assert_equals_oracle(
         lambda b, x: jnp.sum(jnp.sin(x + b)), normal(0, 4), normal(1, 5, 30, 4)

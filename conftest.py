@@ -1,0 +1,11 @@
+"""What the examples in docstrings register is forgotten after each of them."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _rules_of_an_example(request, monkeypatch):
+    if isinstance(request.node, pytest.DoctestItem):
+        from optaxclip.per_example import registry  # not before tests/conftest.py sets up JAX
+
+        monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))

@@ -1,0 +1,137 @@
+"""One batch of per-example gradients, and the aggregator that follows from a formula for it.
+
+`aggregator` checks and measures the gradients, drops what is not finite, and keeps the statistics
+that `clip_per_example` keeps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax.experimental import aggregating
+
+from optaxclip._leaves import Leaves, Tree
+from optaxclip._reductions import accumulator, largest
+from optaxclip._statistics import empty_stats, record
+from optaxclip.clipping import ClipState
+from optaxclip.norms import Norm
+from optaxclip.per_example.forms import Form
+from optaxclip.per_example.incoming import Incoming, sq_norm, total
+from optaxclip.per_example.safe_norms import root
+from optaxclip.per_example.statistics import empty_example_stats, record_examples
+from optaxclip.per_example.trees import cast, masked
+from optaxclip.responses import Rescale, Response
+from optaxclip.thresholds import Context
+
+Arrays = list[jax.Array]
+WHOLE = Norm("global")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The gradients of the finite examples; all others are zero."""
+
+    forms: list[Form]
+    """In float32 at least."""
+    norms: jax.Array
+    """[B]; NaN or infinite for the others."""
+    finite: jax.Array
+    """[B]."""
+
+    @property
+    def number(self) -> jax.Array:
+        """How many examples are finite."""
+        return jnp.sum(self.finite).astype(self.norms.dtype)
+
+    @property
+    def sq_norms(self) -> jax.Array:
+        """[B]; zero for the others."""
+        return jnp.where(self.finite, jnp.square(self.norms), 0)
+
+    def sum(self, weights: jax.Array) -> Arrays:
+        """`sum_b c_b g_b`."""
+        return [form.weighted_sum(weights) for form in self.forms]
+
+    def along(self, direction: Arrays) -> jax.Array:
+        """`<g_b, v>` for one v, [B]: the transpose of `sum`, so nothing is stacked."""
+        transposed = jax.linear_transpose(self.sum, jax.typeof(self.norms))
+        return transposed(direction)[0]
+
+    def distances(self, point: Arrays) -> jax.Array:
+        """`|g_b - v|`, [B]."""
+        squares = self.sq_norms - 2 * self.along(point) + sq_norm(point)
+        return root(jnp.maximum(squares, 0))
+
+    def mean_weights(self) -> jax.Array:
+        """[B], that make `sum` the mean."""
+        return jnp.where(self.finite, 1 / jnp.maximum(self.number, 1), 0)
+
+    def sorted(self) -> Arrays:
+        """The gradients stacked, each coordinate in order; infinity in the place of the others."""
+
+        def one(form: Form) -> jax.Array:
+            stacked = form.materialize()
+            finite = self.finite.reshape(-1, *(1,) * (stacked.ndim - 1))
+            return jnp.sort(jnp.where(finite, stacked, jnp.inf), axis=0)
+
+        return [one(form) for form in self.forms]
+
+
+class Answer(NamedTuple):
+    """One update, and what the statistics say of it."""
+
+    update: Arrays
+    memory: Tree = ()
+    norms: jax.Array | None = None
+    """What was compared with the bound, [B]; None: the norms."""
+    bound: Any = jnp.inf
+    response: Response = Rescale()
+    kept: jax.Array | None = None
+    """Examples within the bound; None: those whose norm is."""
+    noise_scale: jax.Array | None = None
+
+
+Rule = Callable[[Batch, Tree, Context], Answer]
+
+
+def aggregator(
+    name: str, rule: Rule, init: Callable[[Leaves, Tree], Tree] = lambda leaves, params: ()
+) -> aggregating.Aggregator:
+    """The aggregator of a rule: checks, norms, what is not finite, statistics."""
+
+    def init_fn(params: Tree) -> ClipState:
+        leaves = WHOLE.leaves(params)
+        stats = empty_stats(WHOLE, WHOLE.layout(leaves))._replace(examples=empty_example_stats())
+        return ClipState(name, stats, init(leaves, params))
+
+    def update_fn(
+        updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, ClipState]:
+        incoming = Incoming.of(updates, params)
+        leaves = WHOLE.leaves(incoming.like)
+        layout = WHOLE.layout(leaves)
+        forms = [incoming.forms[i] for i in leaves.positions]
+        norms = root(total([form.sq_norm() for form in forms], incoming.size))
+        finite = jnp.isfinite(norms)
+        wide = [cast(masked(form, finite), accumulator(form.dtype)) for form in forms]
+        context = Context(state.stats.count, WHOLE, layout, leaves, params, extra_args)
+        answer = rule(Batch(wide, norms, finite), state.threshold_state, context)
+
+        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
+            """What becomes of an example's norm."""
+            return jnp.where(jnp.isfinite(norm), norm * answer.response.factor(norm, bound), 0.0)
+
+        measured = norms if answer.norms is None else answer.norms
+        bound = jnp.asarray(answer.bound, measured.dtype)
+        worst, bounds = layout.bundle([largest(measured)]), layout.bundle([bound])
+        stats = record(state.stats, layout, worst, bounds, answer.response, clip_norm)
+        beyond = ~(measured <= bound) if answer.kept is None else ~answer.kept
+        stats = record_examples(stats, norms, finite, beyond, answer.noise_scale)
+        sums = incoming.zeros()
+        for i, x in zip(leaves.positions, answer.update, strict=True):
+            sums[i] = x.astype(incoming.forms[i].dtype)
+        return incoming.update(sums), ClipState(state.name, stats, answer.memory)
+
+    return aggregating.Aggregator(init_fn, update_fn)
