@@ -86,8 +86,8 @@ def centered_clip(
       least. Norm, factor and `clipped_fraction` are those of the distances in the last iteration.
 
     Raises:
-      ValueError: a bound that is negative or NaN; iterations < 1; gradients as for
-        `clip_per_example`.
+      ValueError: a bound that is negative or NaN; iterations < 1; another tree than at `init`;
+        gradients as for `clip_per_example`.
 
     Guarantees:
       Factored gradients and stacked ones give equal results, and factored ones are not stacked:
@@ -116,6 +116,7 @@ def centered_clip(
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
         limit_state, point = memory
+        context.updates.check_like(point)
         distances = batch.distances(point)
         seen = jnp.where(batch.finite, distances, jnp.nan)
         bounds, limit_state = limit.bound(context.layout.bundle([seen]), limit_state, context)

@@ -147,6 +147,14 @@ def test_centered_clip_remembers_the_last_update_and_counts_steps(params, batch)
     assert state.stats.threshold == 15.0
 
 
+def test_centered_clip_is_for_the_tree_of_init():
+    tx = centered_clip(1.0)
+    state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(3)})
+    for grads in ({"a": jnp.ones((4, 2))}, {"a": jnp.ones((4, 2)), "b": jnp.ones((4, 2))}):
+        with pytest.raises(ValueError, match="updates must have the leaves that init saw"):
+            tx.update(grads, state)
+
+
 @pytest.mark.parametrize("name", FACTORED)
 def test_factored_leaves_stay_factored(name):
     """The arrays of the jaxpr show whether [B, *shape] is ever made."""
