@@ -203,7 +203,7 @@ def test_width_goes_by_memory():
     assert runs.width_for(100, 200, 9, [Device()]) == 5  # two rounds, as full as can be
     assert runs.width_for(10_000, 200, 9, [Device()]) == 1
     jaxpr = jax.make_jaxpr(lambda x: jax.lax.scan(lambda c, y: (c * y, None), x[0], x)[0])
-    counted = runs.bytes_of(jaxpr(jnp.zeros((5, 10))).jaxpr)
+    counted = runs.most_bytes(jaxpr(jnp.zeros((5, 10))).jaxpr)
     assert counted >= 2 * 40
 
 
@@ -355,12 +355,15 @@ def never(*_):
         ({"folds": 0.01}, ValueError, "got 0.01 of 23, which holds out 0"),
         ({"folds": "five"}, TypeError, "must be .train, validation. pairs, got 'f'"),
         ({"folds": None}, TypeError, "folds must be a number, a share or"),
+        ({"folds": iter([])}, TypeError, r"a share or .* Wrap a generator in list\(\)"),
+        ({"data": (X[:1], Y[:1])}, ValueError, "data must have at least two rows, got 1 at 0"),
+        ({"data": X[0, 0]}, ValueError, "one row per example, got .* at the root"),
         ({"folds": []}, ValueError, "folds must not be empty"),
         ({"folds": [([0, 1], [1, 2])]}, ValueError, "both train and validate, got 1 that do, 1"),
         ({"folds": [([0], [23])]}, ValueError, "from 0 to 22, got array.*for validation at fold 0"),
         ({"folds": [([], [2])]}, ValueError, "for train at fold 0"),
         ({"data": (X, Y[1:])}, ValueError, "as many rows in every array, got 23 at 0 and 22 at 1"),
-        ({"data": (X, 3.0)}, ValueError, r"one row an example, got 3.0 at data\[1\]"),
+        ({"data": (X, 3.0)}, ValueError, "one row per example, got 3.0 at 1. Convert lists"),
         ({"data": ()}, ValueError, "data must hold arrays"),
         ({"batch_size": 18}, ValueError, "smallest training set, got 18 for 17"),
         ({"steps": 0}, ValueError, "steps must be >= 1"),

@@ -19,7 +19,7 @@ _AT_ONCE = 2**24
 def second_moment(grads: Tree) -> Tree:
     """`1/B sum_b g_b^2`, elementwise: what an Adam of per-example gradients divides by.
 
-    For `g_b = a_b h_b^T`, one outer product an example, it is `1/B (A*A)^T (H*H)`: the cost of a
+    For `g_b = a_b h_b^T`, one outer product per example, it is `1/B (A*A)^T (H*H)`: the cost of a
     weighted sum. Elsewhere the gradients of a few examples at a time are stacked.
 
     Args:

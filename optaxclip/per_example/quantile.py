@@ -16,7 +16,7 @@ class QuantileState(NamedTuple):
     """What the tracker remembers."""
 
     bounds: jax.Array
-    """One a group, float32."""
+    """One per group, float32."""
     key: Any
     """For the noise; () without."""
 

@@ -1,4 +1,4 @@
-"""What is asked of the functions, inputs and labels of `robustness.py`."""
+"""What is asked of the functions, inputs and labels of `measures`."""
 
 import math
 import numbers
@@ -41,7 +41,7 @@ def labels_of(fun: Fun, params: Tree, x: jax.Array, y: Any) -> jax.Array:
     if y.shape != x.shape[:1]:
         raise ValueError(
             f"y must be [B] for inputs [B, ...], got shapes {y.shape} and {x.shape}. Pass one"
-            " label an example."
+            " label per example."
         )
     shape = check_outputs(fun, params, x).shape
     if len(shape) != 2 or shape[1] < 2:
@@ -111,7 +111,7 @@ def box_of(bounds: Any, x: jax.Array) -> Bounds:
         if not _broadcasts(bound.shape, x.shape[1:]):
             raise ValueError(
                 f"clip_to must broadcast to one example, got shape {bound.shape} for examples"
-                f" {x.shape[1:]}. Pass numbers, or one bound a feature."
+                f" {x.shape[1:]}. Pass numbers, or one bound per feature."
             )
     if known(low, high, x) and not bool(jnp.all((low <= x) & (x <= high))):
         raise ValueError(

@@ -55,7 +55,7 @@ def input_sensitivity(
       x: the inputs, [B, ...], floating point.
       radius: the length of the change, > 0, in the units of x; a number or a traced scalar.
       norm: 2 or inf, of the change of the input and of the output. Static.
-      samples: directions an example, >= 1. Static.
+      samples: directions per example, >= 1. Static.
       key: for the directions.
       steps: of each ascent, >= 1. Static.
       batch_size: examples at a time, for memory; None: all at once. Static.
@@ -209,7 +209,9 @@ def noise_accuracy(
     clip_to: Bounds = None,
     batch_size: int | None = None,
 ) -> jax.Array:
-    """Accuracy with Gaussian noise of each of several strengths on the inputs.
+    """Accuracy with Gaussian noise on the inputs, `mean_b,k [argmax f(x_b + sigma z_bk) = y_b]`.
+
+    For each of several sigmas; z_bk is standard normal.
 
     Args:
       fun: `fun(params, x) -> logits [B, K]`, each example by itself.
@@ -217,7 +219,7 @@ def noise_accuracy(
       x: the inputs, [B, ...], floating point.
       y: the labels, [B], integers in [0, K).
       sigmas: the noise's standard deviations, [S], >= 0, in the units of x; may be traced.
-      samples: noises an example, >= 1. Static.
+      samples: noises per example, >= 1. Static.
       key: for the noise.
       clip_to: `(lowest, highest)` that an input may be: numbers, or arrays that broadcast to one
         example; None: any.

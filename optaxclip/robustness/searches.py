@@ -1,4 +1,4 @@
-"""The compiled searches behind `robustness.py`: over directions, points and noises."""
+"""The compiled searches behind `measures`: over directions, points and noises."""
 
 import functools
 from collections.abc import Callable

@@ -52,7 +52,7 @@ def cross_validate(
       loss_fn: `(params, batch) -> scalar`, the mean over the batch: the rows of `data` that were
         drawn.
       metric_fn: `(params, examples) -> scalar`, on all examples of a fold at once.
-      data: a tree of arrays with one row an example.
+      data: a tree of arrays with one row per example, two rows at least.
       folds: k >= 2 folds of a random order, that differ by one example at most; a share to hold
         out once; or (train, validation) pairs of indices, such as
         `list(StratifiedKFold(5).split(x, y))`.
@@ -81,7 +81,8 @@ def cross_validate(
       ValueError: before any training: thresholds that are empty, not positive or not
         increasing; more folds than examples; data of different lengths; a batch larger than a
         training set; a metric that is not scalar; the `resume_dir` of another experiment.
-      TypeError: an optimizer that needs the value of its threshold.
+      TypeError: an optimizer that needs the value of its threshold; a count that is no whole
+        number; folds that are no number, share or list of pairs; a key that is none.
 
     Guarantees:
       Every example validates once in k folds, and none is left out for an even split. A run's

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._leaves import Tree, path_name
+from optaxclip._leaves import Tree, path_name, place
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 """The indices to train on and those to validate on, fold by fold."""
@@ -28,20 +28,25 @@ def check_data(data: Tree) -> tuple[Tree, int]:
     leaves = jax.tree.leaves_with_path(data)
     if not leaves:
         raise ValueError(f"data must hold arrays, got {data!r}. Pass for example (x, y).")
-    for path, leaf in leaves:
+    places = [place(path_name(path)) for path, _ in leaves]
+    for at, (_, leaf) in zip(places, leaves, strict=True):
         if np.ndim(leaf) == 0:
             raise ValueError(
-                f"data must be arrays with one row an example, got {leaf!r} at data"
-                f"{jax.tree_util.keystr(path)}. Close over constants in loss_fn instead."
+                f"data must be arrays with one row per example, got {leaf!r} at {at}. Convert"
+                " lists with np.asarray; close over constants in loss_fn."
             )
     sizes = [len(leaf) for _, leaf in leaves]
-    for (path, _), size in zip(leaves, sizes, strict=True):
+    for at, size in zip(places, sizes, strict=True):
         if size != sizes[0]:
             raise ValueError(
-                "data must have as many rows in every array, got"
-                f" {sizes[0]} at {path_name(leaves[0][0]) or 'the root'} and {size} at"
-                f" {path_name(path)}. Give each example one row in each."
+                f"data must have as many rows in every array, got {sizes[0]} at {places[0]} and"
+                f" {size} at {at}. Give each example one row in each."
             )
+    if sizes[0] < 2:
+        raise ValueError(
+            f"data must have at least two rows, got {sizes[0]} at {places[0]}. Pass one to train on"
+            " and one to validate on, and better many."
+        )
     return jax.tree.map(jnp.asarray, data), sizes[0]
 
 
@@ -50,7 +55,7 @@ def split(folds: Any, number: int, seed: np.ndarray) -> Pairs:
     if isinstance(folds, bool) or not isinstance(folds, numbers.Real | Sequence):
         raise TypeError(
             f"folds must be a number, a share or a list of index pairs, got {folds!r}. Pass for"
-            " example 5, or 0.2 to hold a fifth out."
+            " example 5, or 0.2 to hold a fifth out. Wrap a generator in list()."
         )
     if isinstance(folds, Sequence):
         return _given(folds, number)

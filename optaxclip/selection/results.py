@@ -87,7 +87,7 @@ class CrossValidation:
         return float(self.thresholds[np.argmax(within & self._candidates)])
 
     def to_csv(self, path: str | os.PathLike) -> None:
-        """Writes one row a run; a failed run has no score."""
+        """Writes one row per run; a failed run has no score."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from optaxclip._leaves import Tree
+from optaxclip._statistics import ClipStats
 from optaxclip.clipping import clip_stats
 from optaxclip.selection.folds import Folds
 
 
 class Jobs(NamedTuple):
-    """The runs, one an entry; arrays of one length."""
+    """The runs, one per entry; arrays of one length."""
 
     threshold: Any
     fold: Any
@@ -155,7 +156,7 @@ def program(training: Training, width: int, devices: tuple[Any, ...]) -> Callabl
     return jax.jit(spread)
 
 
-def bytes_of(jaxpr: Any) -> int:
+def most_bytes(jaxpr: Any) -> int:
     """An upper bound of the memory a function takes: all it computes, loop bodies once."""
     total = 0
     for equation in jaxpr.eqns:
@@ -167,7 +168,7 @@ def bytes_of(jaxpr: Any) -> int:
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    total += bytes_of(inner)
+                    total += most_bytes(inner)
     return total
 
 
@@ -195,26 +196,31 @@ def _rows(data: Tree, indices: jax.Array) -> Tree:
 
 def _clipped_share(opt_state: Tree) -> jax.Array:
     """Of an aggregator's last step the share of examples beyond their bound, otherwise 0."""
-    for stats in clip_stats(opt_state).values():
-        if stats.examples is not None:
-            return stats.examples.clipped_fraction
-        break
-    return jnp.zeros((), jnp.float32)
+    stats = _first(opt_state)
+    if stats is None or stats.examples is None:
+        return jnp.zeros((), jnp.float32)
+    return stats.examples.clipped_fraction
 
 
 def _clipping(opt_state: Tree, share: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Clip rate and last norm of the first clipper; NaN where there is none that counts."""
-    unknown = jnp.full((), jnp.nan, jnp.float32)
-    for stats in clip_stats(opt_state).values():
-        if stats.examples is not None:
-            return share, stats.examples.mean_norm
-        counted = stats.clipped_count >= 0
-        rate = stats.clipped_count / jnp.maximum(stats.count, 1)
-        return (
-            jnp.where(counted, rate, jnp.nan).astype(jnp.float32),
-            jnp.where(counted, stats.pre_clip_norm, jnp.nan).astype(jnp.float32),
-        )
-    return unknown, unknown
+    stats = _first(opt_state)
+    if stats is None:
+        unknown = jnp.full((), jnp.nan, jnp.float32)
+        return unknown, unknown
+    if stats.examples is not None:
+        return share, stats.examples.mean_norm
+    counted = stats.clipped_count >= 0
+    rate = stats.clipped_count / jnp.maximum(stats.count, 1)
+    return (
+        jnp.where(counted, rate, jnp.nan).astype(jnp.float32),
+        jnp.where(counted, stats.pre_clip_norm, jnp.nan).astype(jnp.float32),
+    )
+
+
+def _first(opt_state: Tree) -> ClipStats | None:
+    """What the first clipper of an optimizer did."""
+    return next(iter(clip_stats(opt_state).values()), None)
 
 
 def hashable(fun: Callable) -> Callable:

@@ -17,7 +17,7 @@ from optaxclip.selection.runs import (
     Outcome,
     Shared,
     Training,
-    bytes_of,
+    most_bytes,
     program,
     traceable,
     width_for,
@@ -76,8 +76,8 @@ def run_all(
     if width is not None:
         chosen = min(width, runs)
     else:
-        own = bytes_of(traced.jaxpr.jaxpr) + one.batches.nbytes
-        chosen = width_for(own, bytes_of(scored.jaxpr.jaxpr), runs, devices)
+        own = most_bytes(traced.jaxpr.jaxpr) + one.batches.nbytes
+        chosen = width_for(own, most_bytes(scored.jaxpr.jaxpr), runs, devices)
     flags, numbers = np.zeros(runs, bool), np.zeros((3, runs), np.float32)
     outcomes = Outcome(numbers[0], flags, numbers[1], numbers[2])
     done = np.zeros(runs, bool)

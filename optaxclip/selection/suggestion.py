@@ -50,7 +50,7 @@ def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
             " out.",
             stacklevel=2,
         )
-    above = int(target_clip_rate * known.size + 1e-9)  # 0.07 * 100 is a little more than 7
+    above = int(target_clip_rate * known.size + 1e-9)  # 0.29 * 100 is just below 29
     bound = float(known[known.size - 1 - above])
     if bound == 0:
         raise ValueError(

@@ -46,7 +46,10 @@ def gather(
 def dynamic_slice(
     ctx: RuleContext, table: Any, *starts: Any, slice_sizes: Any, **params: Any
 ) -> Gathered | None:
-    """One row, with its index clamped into the table: the gather of a single id."""
+    """`dL/dtable_b[v] = [id_b = v] g_b`, ids clamped.   Cost: none, until it is contracted.
+
+    The gather of a single row.
+    """
     partial = [a for a, d in enumerate(table.shape) if slice_sizes[a] != d]
     if ctx.position != 0 or len(partial) != 1 or slice_sizes[partial[0]] != 1:
         return None
