@@ -134,11 +134,6 @@ def _kind(leaf: Any) -> Any:
     )
 
 
-def shown(path: tuple) -> str:
-    """The name of a leaf; that of a tree that is one array is "the root"."""
-    return path_name(path) or "the root"
-
-
 def _at(name: str, path: tuple) -> str:
     return "/".join(filter(None, (name, path_name(path))))
 

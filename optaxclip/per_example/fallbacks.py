@@ -2,8 +2,7 @@
 
 import jax
 
-from optaxclip._leaves import Tree
-from optaxclip.per_example.checks import shown
+from optaxclip._leaves import Tree, path_name, place
 from optaxclip.per_example.forms import Dense, Form, is_form, terms
 
 
@@ -19,7 +18,7 @@ def refuse_fallbacks(grads: Tree) -> None:
     for path, form in jax.tree.leaves_with_path(grads, is_leaf=is_form):
         if why := reason(form):
             (stacked,) = {x.stacked.shape for x in terms(form) if isinstance(x, Dense)}
-            shape, name = list(form.shape), shown(path)
+            shape, name = list(form.shape), place(path_name(path))
             lines.append(f"  {name}, {form.dtype}{shape}, as {list(stacked)}: {why}")
     if lines:
         listed = "\n".join(lines)

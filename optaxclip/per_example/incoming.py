@@ -6,9 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import Tree
+from optaxclip._leaves import Tree, path_name, place
 from optaxclip._reductions import accumulator
-from optaxclip.per_example.checks import shown
 from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
 
 
@@ -47,7 +46,7 @@ class Incoming:
 def examples_of(grads: Tree) -> int:
     """How many there are. Raises where leaves differ in it, or where there is none."""
     found = [
-        (shown(path), jnp.shape(jax.tree.leaves(leaf)[0]))
+        (place(path_name(path)), jnp.shape(jax.tree.leaves(leaf)[0]))
         for path, leaf in jax.tree.leaves_with_path(grads, is_leaf=is_form)
     ]
     if not found:
@@ -76,7 +75,7 @@ def sq_norm(arrays: list[jax.Array]) -> jax.Array:
 
 def _check_like_params(like: Tree, params: Tree) -> None:
     found, expected = (
-        [(shown(path), jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)]
+        [(place(path_name(path)), jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)]
         for tree in (like, params)
     )
     if len(found) != len(expected):

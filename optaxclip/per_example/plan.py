@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
+from optaxclip._leaves import path_name, place
 from optaxclip.per_example.arguments import Argnums, Options, call_of
-from optaxclip.per_example.checks import shown
 from optaxclip.per_example.costs import (
     Costs,
     bytes_of,
@@ -159,7 +159,7 @@ def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
     uses = jax.tree.leaves(call.like_params(counts, lambda leaf: 0))
     leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
     rows = [
-        _row(shown(path), form, count, call.size)
+        _row(place(path_name(path)), form, count, call.size)
         for (path, form), count in zip(leaves, uses, strict=True)
     ]
     return Plan(tuple(rows), costs_of(call, forms), plain_flops(call))

@@ -264,7 +264,12 @@ def test_arguments_are_checked(arguments, message):
         (jnp.ones(()), None, r"got shape \(\) at the root"),
         ({}, None, "at least one leaf, got none"),
         ({"a": jnp.ones(2)}, {"a": jnp.ones(2)}, r"got \(\) at a, which is \(2,\)"),
-        ({"a": jnp.ones((1, 2))}, {}, "the same leaves, got 1 and 0"),
+        ({"a": jnp.ones((1, 2))}, {}, "the same leaves, got 1 and 0, and a in one of them alone"),
+        (
+            {"a": jnp.ones((1, 2))},
+            {"a": jnp.ones(2), "b": {"c": jnp.ones(2)}},
+            "got 1 and 2, and b/c in one of them alone",
+        ),
     ],
 )
 def test_gradients_are_checked(grads, params, message):
