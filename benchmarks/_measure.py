@@ -1,12 +1,14 @@
 """Timing that a shared machine does not spoil, and the words that describe the machine."""
 
 import gc
+import json
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,3 +61,10 @@ def machine() -> str:
         f" {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__},"
         f" optaxclip {optaxclip.__version__}"
     )
+
+
+def save(found: Any, path: Path | None) -> None:
+    """Writes JSON, if asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")

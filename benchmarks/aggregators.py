@@ -24,7 +24,7 @@ import _models as models
 import jax
 import jax.numpy as jnp
 import optax
-from _measure import compiled, interleaved, machine, ratios
+from _measure import compiled, interleaved, machine, ratios, save
 
 import optaxclip
 
@@ -94,9 +94,7 @@ def main() -> None:
     noise = [row["over plain"][AGAIN] for row in found["models"].values()]
     noise = f"The plain step against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x."
     print(f"{steps}\n\n{aggregators}\n\n{found['machine']}\n{noise}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, args.json)
     if args.markdown:
         args.markdown.write_text(
             PAGE.format(steps=steps, aggregators=aggregators, machine=found["machine"], noise=noise)

@@ -10,13 +10,13 @@ without gradient. Fixed bounds are at 1.2 levels. "Published" is `relearn_after=
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optax
+from _measure import save
 
 import optaxclip
 from optaxclip.testing import EVENT, Behaviour, multipliers, norm_streams, summarize
@@ -133,10 +133,7 @@ def main() -> None:
         factors[name] = dict(zip(streams, found, strict=True))
         rows[name] = summarize(streams, factors[name], level=LEVEL)
         print(_markdown(name, rows[name]), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        table = {name: dataclasses.asdict(row) for name, row in rows.items()}
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    save({name: dataclasses.asdict(row) for name, row in rows.items()}, args.json)
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(factors, args.plot)

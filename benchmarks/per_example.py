@@ -28,7 +28,7 @@ from typing import Any
 import _models as models
 import jax
 import jax.numpy as jnp
-from _measure import compiled, interleaved, machine, ratios
+from _measure import compiled, interleaved, machine, ratios, save
 
 import optaxclip
 from optaxclip.per_example import reweighted_grad
@@ -119,9 +119,7 @@ def main() -> None:
     noise = [row["time"][AGAIN] for row in rows]
     noise = f"The plain gradient against itself (A/A): {min(noise):.2f}x to {max(noise):.2f}x."
     print(f"\n{found['machine']}\n{noise}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, args.json)
     if args.markdown:
         table = "\n".join([HEAD, *map(_markdown, rows)])
         mlp = rows[0]["plain_memory_mb"]

@@ -17,21 +17,23 @@ import argparse
 import functools
 import json
 import os
-import re
 import statistics
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # for _pages
 
 import jax
 import jax.numpy as jnp
 import optax
 from _cluster import cluster_section
 from _collectives import collectives
-from _measure import compiled, interleaved, machine, ratios
+from _measure import compiled, interleaved, machine, ratios, save
+from _pages import fill
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,11 +68,9 @@ def main() -> None:
     found = json.loads(args.rows.read_text()) if args.rows else _measure_all(args.quick)
     sections = _sections(found)
     print(*sections.values(), sep="\n\n")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, args.json)
     if args.markdown:
-        args.markdown.write_text(filled(args.markdown.read_text(), sections))
+        fill(args.markdown, sections)
 
 
 def _measure_all(quick: bool) -> dict[str, Any]:
@@ -82,17 +82,6 @@ def _measure_all(quick: bool) -> dict[str, Any]:
         "rows": [row for name in LAYOUTS for row in measure(name, width, leaves, rounds)],
         "scaling": measure_scaling(256 if quick else 1024, rounds),
     }
-
-
-def filled(page: str, sections: dict[str, str]) -> str:
-    """The page with what stands between `<!-- NAME -->` and `<!-- end -->` replaced."""
-    for name, body in sections.items():
-        start, end = f"<!-- {name} -->", "<!-- end -->"
-        text = f"{start}\n\n{body}\n\n{end}"
-        page, found = re.subn(f"{start}.*?{end}", lambda _, t=text: t, page, flags=re.DOTALL)
-        if found != 1:
-            raise ValueError(f"the page must have one mark {start}, got {found}. Add it.")
-    return page
 
 
 def _sections(found: dict[str, Any]) -> dict[str, str]:

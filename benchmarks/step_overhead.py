@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from _measure import compiled, interleaved, machine, ratios
+from _measure import compiled, interleaved, machine, ratios, save
 
 import optaxclip
 
@@ -78,9 +78,7 @@ def main() -> None:
     else:
         found = {"machine": machine(), "rows": _measure_all(args)}
     print(f"\n{found['machine']}\n{_noise(found['rows'])}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, args.json)
     if args.markdown:
         args.markdown.write_text(_page(**found))
 

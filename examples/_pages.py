@@ -1,4 +1,4 @@
-"""Tables in the pages of the documentation, which examples write."""
+"""Tables in the pages of the documentation, which examples and benchmarks write."""
 
 import re
 from collections.abc import Sequence

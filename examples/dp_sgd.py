@@ -1,6 +1,6 @@
 """Differentially private training: clipping from here, noise and accounting from elsewhere.
 
-    pip install 'optaxclip[examples,privacy]'
+    pip install '.[examples,privacy]'
     python examples/dp_sgd.py
     python examples/dp_sgd.py --noise 1 1.5 3 --print-every 10 --plot out/dp_sgd.png
 

@@ -1,6 +1,6 @@
 """A search over several machines: Optuna proposes, `cross_validate` scores, a database remembers.
 
-    pip install 'optaxclip[examples]'
+    pip install '.[examples]'
     python examples/optuna_search.py --storage sqlite:///out/search.db       # on one machine
     python examples/optuna_search.py --storage postgresql://user:password@host/search
                                                   # the same command on as many as you like

@@ -29,10 +29,12 @@ def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
 
 
 def check_positive(value: Any, argument: str) -> None:
-    """Raises unless a number is > 0."""
-    check_bound(value, argument, schedule=False)
-    if isinstance(value, numbers.Real) and value == 0:
-        raise ValueError(f"{argument} must be > 0, got {value!r}. Pass for example 0.1.")
+    """Raises unless a number is > 0 and finite."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return check_bound(value, argument, schedule=False)
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{argument} must be > 0 and finite, got {value}. Pass for example 0.1.")
+    return None
 
 
 def check_at_least(value: Any, argument: str, least: int) -> None:

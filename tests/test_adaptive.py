@@ -172,8 +172,14 @@ def test_only_the_first_argument_is_positional(name):
         (lambda: optaxclip.adagc(max_norm=-2), r"max_norm must be >= 0, got -2"),
         (lambda: optaxclip.clip_by_history(relearn_after=0), r"relearn_after must be >= 1, got 0"),
         (lambda: optaxclip.clip_by_history(window=1), r"window must be >= 2, got 1\. Pass 2 or"),
-        (lambda: optaxclip.clip_by_quantile(init=0), r"init must be > 0, got 0\. Pass for"),
-        (lambda: optaxclip.clip_by_quantile(step_size=0.0), r"step_size must be > 0, got 0\.0"),
+        (
+            lambda: optaxclip.clip_by_quantile(init=0),
+            r"init must be > 0 and finite, got 0\. Pass for",
+        ),
+        (
+            lambda: optaxclip.clip_by_quantile(step_size=0.0),
+            r"step_size must be > 0 and finite, got 0\.0",
+        ),
         (
             lambda: optaxclip.zclip(by=optaxclip.Norm("leaf"), axis_name="data"),
             r"part of a Norm, got axis_name='data' beside one\. Pass it inside: by=Norm\(\.\.\.",

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._arguments import check_bound
+from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Tree
 from optaxclip.per_example.arguments import Argnums, Options, call_of, unbatched_aux
 from optaxclip.per_example.clipped_sum import Clipping
 from optaxclip.per_example.costs import Method
-from optaxclip.per_example.microbatches import check_divides, check_size
+from optaxclip.per_example.microbatches import check_divides
 from optaxclip.per_example.schedules import check_method
 
 
@@ -170,7 +170,8 @@ def clipped_grad(
     unit norm, De et al., arXiv 2204.13650.
     """
     _check(l2_clip_norm, normalize_by)
-    check_size(microbatch_size)
+    if microbatch_size is not None:
+        check_count(microbatch_size, "microbatch_size")
     options = Options(
         argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, named_examples=True
     )

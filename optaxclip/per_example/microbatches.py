@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip._compat import as_varying
 from optaxclip._leaves import Tree
@@ -31,21 +30,6 @@ def accumulated(
     zeros = jax.tree.unflatten(structure, as_varying(leaves, like=jax.tree.leaves(parts)))
     total, each = jax.lax.scan(step, zeros, parts)
     return total, jax.tree.map(_join, each)
-
-
-def check_size(size: Any) -> None:
-    """Raises unless `size` is a whole number >= 1, or None for all examples."""
-    if size is None:
-        return
-    if isinstance(size, bool) or not isinstance(size, int | np.integer):
-        raise TypeError(
-            f"microbatch_size must be a whole number, got {size!r}. Pass for example 8, or None for"
-            " all examples."
-        )
-    if size < 1:
-        raise ValueError(
-            f"microbatch_size must be >= 1, got {size}. Pass 1 or more, or None for all examples."
-        )
 
 
 def check_divides(size: Any, examples: int) -> None:

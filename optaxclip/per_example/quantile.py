@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._arguments import check_between, check_bound
+from optaxclip._arguments import check_between, check_bound, check_positive
 from optaxclip._leaves import Tree
 from optaxclip.norms import Bundles, Norm
 from optaxclip.thresholds import Context, Threshold
@@ -116,10 +116,9 @@ def example_quantile(
     q 0.5 are theirs.
     """
     check_between(quantile, "quantile", 0, 1)
-    for argument, value in (("step_size", step_size), ("init", init), ("noise", noise)):
+    for argument, value in (("step_size", step_size), ("noise", noise)):
         check_bound(value, argument, schedule=False)
-    if isinstance(init, int | float) and not 0 < init < float("inf"):
-        raise ValueError(f"init must be > 0 and finite, got {init}. Pass for example 0.1.")
+    check_positive(init, "init")
     if batch_size is not None and not isinstance(batch_size, jax.Array) and not batch_size > 0:
         raise ValueError(f"batch_size must be > 0, got {batch_size}. Pass what is expected.")
     noisy = isinstance(noise, jax.Array) or noise > 0

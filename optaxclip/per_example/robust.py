@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
-from optaxclip._arguments import check_between, check_bound, check_count
+from optaxclip._arguments import check_between, check_count, check_positive
 from optaxclip._leaves import Leaves, Tree
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.batch import WHOLE, Answer, Batch, aggregator
@@ -175,9 +175,7 @@ def geometric_median(
     Source: Pillutla, Kakade & Harchaoui (RFA), arXiv 1912.13445, algorithm 2.
     """
     check_count(iterations, "iterations")
-    check_bound(eps, "eps", schedule=False)
-    if not isinstance(eps, jax.core.Tracer) and not 0 < float(eps) < float("inf"):
-        raise ValueError(f"eps must be > 0 and finite, got {eps}. Pass for example 1e-6.")
+    check_positive(eps, "eps")
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
         sums = batch.sum(batch.finite.astype(batch.norms.dtype))

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
@@ -18,7 +19,7 @@ from optaxclip.per_example.costs import Costs, Method, costs_of, total_loss
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.forms import Dense, Form, zero_like
 from optaxclip.per_example.gradients import factored
-from optaxclip.per_example.microbatches import accumulated, check_divides, check_size
+from optaxclip.per_example.microbatches import accumulated, check_divides
 from optaxclip.per_example.trees import cast, sq_norms, weighted_sum
 
 Weights = Callable[[jax.Array], jax.Array]
@@ -101,8 +102,8 @@ def reweighted_grad(
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
     check_method(method)
-    if microbatch_size != "auto":
-        check_size(microbatch_size)
+    if microbatch_size is not None and microbatch_size != "auto":
+        check_count(microbatch_size, "microbatch_size")
 
     @functools.wraps(fun)
     def reweighted(*args: Any, **kwargs: Any) -> Reweighted:

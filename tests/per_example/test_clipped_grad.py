@@ -309,7 +309,7 @@ def test_options_are_checked(arguments, message):
 
 @pytest.mark.parametrize("size", [True, 2.0, "auto", jnp.asarray(2)])
 def test_a_micro_batch_size_is_a_whole_number(size):
-    with pytest.raises(TypeError, match="microbatch_size must be a whole number, got"):
+    with pytest.raises(TypeError, match=r"microbatch_size must be (a whole number|static), got"):
         clipped_grad(loss, l2_clip_norm=1.0, microbatch_size=size)
 
 
