@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Primitive
 
 import optaxclip
 from optaxclip import ClipStats, per_example
@@ -70,7 +71,7 @@ def rule(ctx: RuleContext, operand: Any, other: Any, **equation: Any) -> Form | 
     return None
 
 
-optaxclip.register_rule()(rule)
+optaxclip.register_rule(Primitive("of_nobody"))(rule)
 check: Callable[..., Behaviour] = check_clipper
 version: str = optaxclip.__version__
 
