@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from clippers import CLIPPERS, make
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracles import assert_close, assert_same_bits
+from tools.clippers import CLIPPERS, make
+from tools.oracles import assert_close, assert_same_bits
 
 import optaxclip
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from clippers import CLIPPERS, ONE_EACH, example_tree, make
 from flax import nnx
-from oracles import EPS, assert_close, assert_same_bits, f64
-from oracles import norm as exact
+from tools.clippers import CLIPPERS, ONE_EACH, example_tree, make
+from tools.oracles import EPS, assert_close, assert_same_bits, f64
+from tools.oracles import norm as exact
 
 import optaxclip
 from optaxclip import Norm, clip_by, clip_stats

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from clippers import (
+from tools.clippers import (
     CLIPPERS,
     ONE_EACH,
     UNBOUNDED_AT_FIRST,
@@ -16,7 +16,7 @@ from clippers import (
     static_arguments,
     with_odd_leaves,
 )
-from oracles import assert_close, assert_same_bits
+from tools.oracles import assert_close, assert_same_bits
 
 import optaxclip
 

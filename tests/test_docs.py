@@ -9,7 +9,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
+from tools.pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
 
 import optaxclip
 from optaxclip.per_example import registry

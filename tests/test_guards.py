@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracles import assert_same_bits
+from tools.oracles import assert_same_bits
 
 import optaxclip
 from optaxclip import clip_stats, raise_if_stuck, skip_nonfinite

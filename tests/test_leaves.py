@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import assert_same_bits
+from tools.oracles import assert_same_bits
 
 from optaxclip._leaves import Leaves
 

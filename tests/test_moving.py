@@ -10,7 +10,7 @@ import jax_privacy
 import numpy as np
 import optax
 import pytest
-from pages import ROOT
+from tools.pages import ROOT
 
 import optaxclip
 from optaxclip.per_example import materialize

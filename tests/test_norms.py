@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import norm as exact
-from oracles import unit_norms
+from tools.oracles import norm as exact
+from tools.oracles import unit_norms
 
 from optaxclip import Norm
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import norm as exact
+from tools.oracles import norm as exact
 
 from optaxclip import Norm, _reductions
 

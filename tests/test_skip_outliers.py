@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import assert_same_bits
+from tools.oracles import assert_same_bits
 
 import optaxclip
 from optaxclip import clip_stats, raise_if_stuck, skip_outliers

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import norm
+from tools.oracles import norm
 
 import optaxclip
 from optaxclip import split_by_size, split_evenly

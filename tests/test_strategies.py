@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import assert_close, f64, unit_norms
-from oracles import norm as exact
+from tools.oracles import assert_close, f64, unit_norms
+from tools.oracles import norm as exact
 
 import optaxclip
 

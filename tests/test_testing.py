@@ -3,7 +3,7 @@
 import numpy as np
 import optax
 import pytest
-from clippers import ADAPTIVE
+from tools.clippers import ADAPTIVE
 
 import optaxclip
 from optaxclip.testing import EVENT, STEPS, behaviour, check_clipper, multipliers, norm_streams

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import assert_close, assert_same_bits
+from tools.oracles import assert_close, assert_same_bits
 
 import optaxclip
 from optaxclip import clip_by, clip_by_global_norm, clip_by_group_norm, clip_by_leaf_norm

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import close, normal, stacked_grads
+from tools.agreement import close, normal, stacked_grads
 
 import optaxclip
 from optaxclip import clip_per_example

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import close, normal, stacked_grads
 from flax import nnx
+from tools.agreement import close, normal, stacked_grads
 
 from optaxclip.per_example import (
     explain,

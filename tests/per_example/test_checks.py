@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 import pytest
-from agreement import normal
+from tools.agreement import normal
 
 from optaxclip.per_example import per_example_grad
 

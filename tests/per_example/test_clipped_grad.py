@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import close, normal, stacked_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
+from tools.agreement import close, normal, stacked_grads
 
 import optaxclip
 from optaxclip import clipped_grad, clipped_value_and_grad

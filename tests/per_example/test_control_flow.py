@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import assert_equals_oracle, normal
 from jax import lax
+from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import per_example_grad, weighted_sum
 

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import pytest
-from agreement import close, normal
 from jax import lax
+from tools.agreement import close, normal
 
 from optaxclip.per_example import per_example_grad, per_example_norms, per_example_value_and_grad
 from optaxclip.per_example.fallbacks import reason

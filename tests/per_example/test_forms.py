@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import QUICK, close, normal
+from tools.agreement import QUICK, close, normal
 
 from optaxclip.per_example import Dense, Gathered, Outer, Sum, contractions, per_example_norms
 from optaxclip.per_example.forms import add, scale

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_equals_oracle, close, normal, stacked_grads
 from flax import nnx
 from jax import lax
+from tools.agreement import assert_equals_oracle, close, normal, stacked_grads
 
 from optaxclip.per_example import (
     materialize,

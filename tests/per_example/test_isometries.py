@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import assert_equals_oracle, normal
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import per_example_norms
 

@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import normal
 from hypothesis import given
 from hypothesis import strategies as st
+from tools.agreement import normal
 
 from optaxclip.per_example.layout import Layout
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import close, normal, stacked_grads
+from tools.agreement import close, normal, stacked_grads
 
 from optaxclip.per_example import Gathered, Outer, Sum, per_example_grad, second_moment
 

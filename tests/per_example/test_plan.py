@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import normal
+from tools.agreement import normal
 
 from optaxclip.per_example import explain
 

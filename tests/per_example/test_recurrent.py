@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from agreement import assert_equals_oracle, normal
 from flax import nnx
+from tools.agreement import assert_equals_oracle, normal
 
 with jax.enable_x64(True):
     SEQUENCES, LABELS = normal(0, 5, 3, 4), jnp.array([0, 1, 2, 0, 1])

@@ -1,8 +1,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import assert_equals_oracle, normal
 from jax import lax
+from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip._compat import primitives
 from optaxclip.per_example import Dense, per_example_grad, registry

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import close, normal, stacked_grads
 from test_aggregators import PARAMS, SIZE, aggregate, loss
+from tools.agreement import close, normal, stacked_grads
 
 import optaxclip
 from optaxclip import (

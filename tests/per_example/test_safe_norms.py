@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import normal, stacked_grads
+from tools.agreement import normal, stacked_grads
 
 from optaxclip.per_example import norms, per_example_grad, per_example_norms, sq_norms
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import close, normal, stacked_grads
 from test_gradients import batch, mlp, mlp_params
+from tools.agreement import close, normal, stacked_grads
 
 from optaxclip.per_example import explain, reweighted_grad
 from optaxclip.per_example.arguments import Options, call_of

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import assert_equals_oracle, normal, stacked_grads
 from jax import lax
+from tools.agreement import assert_equals_oracle, normal, stacked_grads
 
 from optaxclip import clip_per_example
 from optaxclip.per_example import per_example_grad, reweighted_grad, sq_norms, weighted_sum

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from agreement import assert_equals_oracle, normal
+from tools.agreement import assert_equals_oracle, normal
 
 KEY = jax.random.key(0)
 

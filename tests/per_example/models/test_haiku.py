@@ -3,7 +3,7 @@
 import haiku as hk
 import jax
 import jax.numpy as jnp
-from agreement import assert_equals_oracle, normal
+from tools.agreement import assert_equals_oracle, normal
 
 
 def test_mlp():

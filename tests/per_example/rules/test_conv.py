@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import assert_equals_oracle, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from tools.agreement import assert_equals_oracle, normal
 
 
 @st.composite

@@ -1,8 +1,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from agreement import assert_equals_oracle, normal
 from jax import lax
+from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import Gathered, per_example_grad
 

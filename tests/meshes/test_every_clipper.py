@@ -9,10 +9,10 @@ import functools
 import jax
 import numpy as np
 import pytest
-from clippers import CLIPPERS, make
-from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tools.clippers import CLIPPERS, make
+from tools.hlo import collectives
 
 import optaxclip
 

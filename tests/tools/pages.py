@@ -6,7 +6,7 @@ import itertools
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = (ROOT / "README.md", *(page for page in _PAGES if "_build" not in page.parts))
 _FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", flags=re.DOTALL | re.MULTILINE)
