@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo multihost test lint docs bench dist
+.PHONY: demo multihost test explore lint docs bench dist
 
 demo: $(READY)
 	$(BIN)/python examples/compare_clippers.py
@@ -12,7 +12,14 @@ multihost: $(READY)
 	$(BIN)/python examples/multihost.py
 
 test: lint docs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Other random examples than those of `make test`, and many times as many. A failure prints what
+# reproduces it: make explore SEED=... TIMES=...
+SEED ?= $(shell date +%s)
+TIMES ?= 50
+explore: $(READY)
+	EXPLORE=$(TIMES) $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,32 +1,78 @@
-"""Eight host devices, as on a small mesh; hypothesis without deadlines, repeatable in CI.
+"""How the suite runs: the same examples everywhere, one device, compiled in a hurry.
 
-What XLA compiled is kept between tests, workers and runs: many tests compile the same function.
-Two of the longer files took 97 s of processor time with an empty cache, 140 s without one.
+* hypothesis draws the same examples on a laptop and in CI. `make explore` draws others, and more.
+* Ordinary tests see one device, as most users do; those in `meshes/` see eight.
+* XLA skips what only makes programs faster: nearly all of them run once. Tests of bits, of HLO and
+  of memory say `pytestmark = pytest.mark.optimized`, and get what users get.
+* What a file compiled is forgotten after it: programs of all files took a worker to 5.9 GB. XLA's
+  own cache on disk keeps them for the other worker and for the next run.
 """
 
+import gc
 import os
 import pathlib
 
-_EIGHT = "--xla_force_host_platform_device_count=8"
-if "device_count" not in os.environ.get("XLA_FLAGS", ""):  # before jax is imported
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
 _ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jax.extend  # noqa: E402
 import pytest  # noqa: E402
+from tools.exploring import TIMES  # noqa: E402
 
-_common = {"deadline": None, "max_examples": 20}
-hypothesis.settings.register_profile("local", **_common)
-hypothesis.settings.register_profile("ci", **_common, derandomize=True, database=None)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+jax.config.update("jax_disable_most_optimizations", True)
+collect_ignore = ["tools", "typing_user.py"]
+
+_common = {"deadline": None, "max_examples": 20 * TIMES}
+hypothesis.settings.register_profile("suite", **_common, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", **_common, database=None, print_blob=True)
+hypothesis.settings.load_profile("suite" if TIMES == 1 else "explore")
 
 
-@pytest.fixture(params=["one_device", "mesh"])
-def devices(request, monkeypatch) -> int:
-    """How many devices norms believe there are: with one, leaves may be joined."""
-    number = {"one_device": 1, "mesh": 8}[request.param]
-    monkeypatch.setattr(jax, "device_count", lambda: number)
-    return number
+def pytest_report_header(config):
+    """What to pass in order to see the same again."""
+    if TIMES == 1:
+        return None
+    return (
+        f"exploring: {TIMES} times the examples, --hypothesis-seed={config.option.hypothesisseed}"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with long tests first: the last file to end is then a short one."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collectreport(report):
+    """Stops at a file that computes when it is imported: its arrays die with their backend."""
+    try:
+        jax.config.update("jax_num_cpu_devices", 1)  # an error once a backend has started
+    except RuntimeError:
+        pytest.exit(f"{report.nodeid} computes something when it is imported. Use a fixture.", 4)
+
+
+@pytest.fixture(scope="module")
+def device_count():
+    """How many devices the tests of a file see; `meshes/` has eight."""
+    return 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _backend(request, device_count):
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    _see_devices(device_count)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)  # for doctests
+    jax.clear_caches()
+    _see_devices(1)
+    gc.collect()
+
+
+def _see_devices(number):
+    if jax.device_count() != number:
+        jax.extend.backend.clear_backends()
+        jax.config.update("jax_num_cpu_devices", number)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tools.exploring import examples
 
 from optaxclip import adversarial_accuracy, input_sensitivity, noise_accuracy
 
@@ -33,7 +34,7 @@ def random_linear(seed, classes=5, features=12):
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 10.0), st.sampled_from([2, INF]))
-@settings(max_examples=30)
+@examples(30)
 def test_largest_is_the_lipschitz_constant_of_a_linear_map(seed, radius, norm):
     w, x, _ = random_linear(seed)
     found = input_sensitivity(linear, w, x, radius=radius, norm=norm, samples=6, key=KEY)
@@ -143,7 +144,7 @@ def network(w, x):
 
 
 @given(st.integers(0, 10_000), st.floats(0.0, 2.0), st.sampled_from([2, INF]))
-@settings(max_examples=30)
+@examples(30)
 def test_pgd_never_reports_more_than_fgsm_and_restarts_never_more_than_one(seed, radius, norm):
     rng = np.random.default_rng(seed)
     shapes = {"inner": (6, 8), "middle": (8, 8), "outer": (8, 3)}

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tools.exploring import examples
 
 import optaxclip
 from optaxclip import clip_singular_values
@@ -56,7 +57,7 @@ def promised(soft, largest):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("method", ["newton_schulz", "svd"])
-@settings(max_examples=25)
+@examples(25)
 @given(
     shape=st.sampled_from(SHAPES),
     log_condition=st.floats(0, 4),

@@ -14,8 +14,6 @@ from tools.hlo import collectives
 
 import optaxclip
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
 SHAPES = {"body": {"bias": (8,), "kernel": (8, 16)}, "head": {"bias": (), "kernel": (16, 8)}}
 FSDP = {
     "body": {"bias": P("data"), "kernel": P("data")},

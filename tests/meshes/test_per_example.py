@@ -11,8 +11,6 @@ from tools.hlo import collectives
 import optaxclip
 from optaxclip.per_example import reweighted_grad
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
 WIDTH, BATCH = 32, 16
 REPLICATED = {"a": P(), "b": P(), "c": P()}
 FSDP = {"a": P("data"), "b": P("data"), "c": P(None, "data")}

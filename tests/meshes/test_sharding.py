@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
-
 SPECS = {"kernel": P("data", "model"), "rows": P("data"), "columns": P(None, "model"), "bias": P()}
 SHAPES = {"kernel": (8, 6), "rows": (4, 5), "columns": (3, 4), "bias": (7,)}
 ORDS = [1, 2, 3.0, float("inf"), "rms"]

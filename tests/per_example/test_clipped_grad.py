@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
 from tools.agreement import close, normal, stacked_grads
+from tools.exploring import examples
 
 import optaxclip
 from optaxclip import clipped_grad, clipped_value_and_grad
@@ -77,7 +78,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     options=OPTIONS,
     widths=st.lists(st.integers(1, 5), min_size=2, max_size=3),

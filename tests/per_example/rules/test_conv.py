@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from tools.agreement import assert_equals_oracle, normal
+from tools.exploring import examples
 
 
 @st.composite
@@ -27,7 +28,7 @@ def convolutions(draw):
     }
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(convolutions())
 def test_every_setting(case):
     (n, channels, *image), (out, *window) = case["image"], case["kernel"]

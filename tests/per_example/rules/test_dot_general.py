@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from tools.agreement import assert_equals_oracle, normal
+from tools.exploring import examples
 
 
 @st.composite
@@ -32,7 +33,7 @@ def products(draw):
     return lhs, rhs, ((contract_lhs, contract_rhs), (batch_lhs, batch_rhs))
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(products(), st.booleans())
 def test_every_dimension_number_and_both_sides(product, weight_is_lhs):
     lhs, rhs, numbers = product
