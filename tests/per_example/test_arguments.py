@@ -20,8 +20,7 @@ from optaxclip.per_example import (
     weighted_sum,
 )
 
-with jax.enable_x64(True):
-    W, V, X, Y = normal(0, 4, 3), normal(1, 3), normal(2, 6, 4), normal(3, 6)
+W, V, X, Y = normal(0, 4, 3), normal(1, 3), normal(2, 6, 4), normal(3, 6)
 
 
 def two_trees(w, x, v, y, scale, *, shift=0.0):

@@ -3,13 +3,14 @@
 import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tools.agreement import normal
 
 from optaxclip.per_example import per_example_grad
 
-X = jnp.ones((4, 3))
-P = jnp.ones(3)
+X = np.ones((4, 3))
+P = np.ones(3)
 
 
 def scalar(params, batch):
@@ -48,7 +49,7 @@ def expects_a_batch(params, batch):
 
 
 def test_errors_inside_the_loss_tell_what_it_saw():
-    batch = {"x": X, "y": jnp.ones(4)}
+    batch = {"x": X, "y": np.ones(4)}
     with pytest.raises(ValueError, match=r"einsum|Einstein") as caught:
         per_example_grad(expects_a_batch)(P, batch)
     note = caught.value.__notes__[0]
@@ -64,7 +65,7 @@ def test_errors_inside_the_loss_of_a_batch_of_one():
 
 
 BATCHES = {
-    "sizes": ((X, jnp.ones(5)), r"sizes must agree, got \(5,\) at batch/1 and \(4, 3\) at batch/0"),
+    "sizes": ((X, np.ones(5)), r"sizes must agree, got \(5,\) at batch/1 and \(4, 3\) at batch/0"),
     "empty": ({"x": X[:0]}, r"empty, got \(0, 3\) at batch/x. Skip"),
     "scalar": ({"x": 1.0}, "a scalar at batch/x. Repeat it"),
     "no arrays": ({}, "at least one array, got none in batch"),
@@ -80,12 +81,12 @@ def test_batches(name):
 
 def test_sizes_of_two_arguments():
     with pytest.raises(ValueError, match=r"got \(2,\) at y and \(4, 3\) at x. Give"):
-        per_example_grad(lambda p, x, y: 0.0, batch_argnums=(1, 2))(P, X, jnp.ones(2))
+        per_example_grad(lambda p, x, y: 0.0, batch_argnums=(1, 2))(P, X, np.ones(2))
 
 
 PARAMS = {
     "no arrays": ({}, ValueError, "at least one array, got none in params. Pass"),
-    "integers": ({"n": jnp.arange(3)}, TypeError, r"got int\d+\[3\] at params/n. Convert"),
+    "integers": ({"n": np.arange(3)}, TypeError, r"got int\d+\[3\] at params/n. Convert"),
     "an integer": (3, TypeError, "floating-point array, got int at params. Convert"),
     "complex": (
         {"a": P, "z": X.astype(complex)}, TypeError, r"complex\d+\[4, 3\] at params/z. Pass the"

@@ -2,16 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import per_example_grad, weighted_sum
 
-with jax.enable_x64(True):
-    W, V, BIAS = normal(0, 4, 4) / 2, normal(1, 4, 4) / 2, normal(2, 4)
-    STACK = normal(3, 3, 4, 4) / 2
-    X, SEQUENCES = normal(9, 5, 4), normal(8, 5, 3, 4)
+W, V, BIAS = normal(0, 4, 4) / 2, normal(1, 4, 4) / 2, normal(2, 4)
+STACK = normal(3, 3, 4, 4) / 2
+X, SEQUENCES = normal(9, 5, 4), normal(8, 5, 3, 4)
 
 
 def rnn(p, xs, **options):
@@ -55,7 +55,7 @@ def test_tables_as_slices_and_as_constants():
         return jnp.sum(lax.scan(step, jnp.zeros((3, 3)), p["layers"])[0])
 
     layers = {"w": normal(0, 2, 3, 3), "table": normal(1, 2, 5, 3)}
-    ids = jnp.array([[0, 1, 1], [2, 3, 0], [1, 1, 1]])
+    ids = np.array([[0, 1, 1], [2, 3, 0], [1, 1, 1]])
     plan = assert_equals_oracle(loss, {"layers": layers, "shared": normal(2, 5, 3)}, ids)
     rows = plan.to_dict()
     assert rows["layers/table"]["forms"] == ("Gathered([3,6], [3,6,3])",)
@@ -244,4 +244,4 @@ def test_effects_stay_where_they_are():
 
     assert_equals_oracle(loss, STACK, X)
     jax.effects_barrier()
-    assert {round(n, 6) for n in seen} == {round(float(jnp.sum(w)), 6) for w in STACK}
+    assert {round(n, 6) for n in seen} == {round(float(np.sum(w)), 6) for w in STACK}

@@ -1,12 +1,13 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from optaxclip.per_example.flops import flops
 
-A, B = jnp.ones((8, 16)), jnp.ones((16, 4))
-IMAGES, KERNEL = jnp.ones((2, 3, 9, 9)), jnp.ones((5, 3, 3, 3))
+A, B = np.ones((8, 16)), np.ones((16, 4))
+IMAGES, KERNEL = np.ones((2, 3, 9, 9)), np.ones((5, 3, 3, 3))
 
 
 CASES = {

@@ -19,7 +19,7 @@ COLUMNS = ROWS.swapped()
 WHOLE = Layout(SHAPE, jnp.dtype("float64"), ((), (0, 1), ()))
 BATCHED = Layout(SHAPE, jnp.dtype("float64"), ((0,), (1,), ()))
 SPLIT = Layout(SHAPE, jnp.dtype("float64"), ((0,), (1, 3), (2,)), (2, 3, 2, 2))
-IDS = jnp.array([[0, 2, 2, 5], [1, 1, 1, 1], [3, 0, 4, 3]])
+IDS = np.array([[0, 2, 2, 5], [1, 1, 1, 1], [3, 0, 4, 3]])
 
 
 def outer(seed, layout, t):

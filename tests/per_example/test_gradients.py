@@ -1,7 +1,5 @@
 """Whole models against the oracle."""
 
-import itertools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from tools.agreement import assert_equals_oracle, close, normal, stacked_grads
+from tools.agreement import assert_equals_oracle, close, normal, quick_jit, stacked_grads
+from tools.models import mlp, mlp_batch, mlp_params
 
 from optaxclip.per_example import (
     materialize,
@@ -19,32 +18,20 @@ from optaxclip.per_example import (
     weighted_sum,
 )
 
-IDS = jnp.array([[0, 2, 2, 5, 1], [1, 1, 1, 1, 1], [3, 0, 4, 3, 0]])
-
-
-def mlp(params, example):
-    x, y = example
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    w, b = params[-1]
-    return jnp.sum((x @ w + b - y) ** 2)
-
-
-def mlp_params(*widths):
-    layers = enumerate(itertools.pairwise(widths))
-    return [(normal(i, m, n), normal(9 + i, n)) for i, (m, n) in layers]
-
-
-def batch(size=6):
-    return normal(20, size, 5), normal(21, size, 3)
+IDS = np.array([[0, 2, 2, 5, 1], [1, 1, 1, 1, 1], [3, 0, 4, 3, 0]])
 
 
 @pytest.mark.parametrize("size", [1, 6])
 def test_mlp(size):
-    params = mlp_params(5, 8, 8, 3)
-    assert_equals_oracle(mlp, params, batch(size))
-    expected = jnp.sqrt(sq_norms(stacked_grads(mlp, params, batch(size))))
-    close(per_example_norms(mlp)(params, batch(size)), expected, 1e-12)
+    params, batch = mlp_params(5, 8, 8, 3), mlp_batch(size)
+    assert_equals_oracle(mlp, params, batch)
+
+    @quick_jit
+    def norms(params, batch):
+        expected = jnp.sqrt(sq_norms(stacked_grads(mlp, params, batch)))
+        return per_example_norms(mlp)(params, batch), expected
+
+    close(*norms(params, batch), 1e-12)
 
 
 def test_tied_weights_need_the_cross_terms():
@@ -57,8 +44,9 @@ def test_tied_weights_need_the_cross_terms():
     assert_equals_oracle(loss, w, x)
     assert_equals_oracle(loss, w, normal(1, 6, 30, 5))
     untied = per_example_grad(lambda p, x: jnp.sum((jnp.tanh(x @ p[0]) @ p[1].T - x) ** 2))
-    naive = sq_norms(untied((w, w), x))
-    assert not np.allclose(naive, sq_norms(per_example_grad(loss)(w, x)))
+    naive = lambda w, x: sq_norms(untied((w, w), x))
+    right = lambda w, x: sq_norms(per_example_grad(loss)(w, x))
+    assert not np.allclose(*quick_jit(lambda w, x: (naive(w, x), right(w, x)))(w, x))
 
 
 def test_one_jitted_block_called_three_times():
@@ -115,9 +103,9 @@ def test_transformer_with_tied_head(wrap):
 
 def test_linen():
     model = nn.Sequential([nn.Dense(7), nn.relu, nn.LayerNorm(), nn.Dense(3)])
-    x, y = batch()
-    params = model.init(jax.random.key(0), x[0])
-    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    x, y = mlp_batch()
+    params = quick_jit(model.init)(jax.random.key(0), x[0])
+    params = jax.tree.map(np.float64, params)
     assert_equals_oracle(lambda p, e: jnp.sum((model.apply(p, e[0]) - e[1]) ** 2), params, (x, y))
 
 
@@ -136,7 +124,7 @@ def test_nnx():
     def loss(params, example):
         return jnp.sum((nnx.merge(graph, params)(example[0]) - example[1]) ** 2)
 
-    plan = assert_equals_oracle(loss, params, batch())
+    plan = assert_equals_oracle(loss, params, mlp_batch())
     assert "first/kernel" in plan.to_dict()
 
 
@@ -172,7 +160,7 @@ FALLBACKS = {
     "custom_vjp": lambda w, x: jnp.sum(jnp.sin(doubled_gradient(w, x))),
     "custom_jvp": lambda w, x: jnp.sum(jnp.sin(odd_slope(w, x))),
     "no rule": lambda w, x: jnp.sum(lax.cumsum(lax.scatter_add(
-        w, jnp.array([[0]]), x[None], lax.ScatterDimensionNumbers((1,), (0,), (0,))
+        w, np.array([[0]]), x[None], lax.ScatterDimensionNumbers((1,), (0,), (0,))
     )) ** 2),
     "weight normalisation": lambda w, x: jnp.sum(
         jnp.sin(x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)))
@@ -224,13 +212,18 @@ def test_uses_in_different_shapes_of_the_parameter():
 
 def test_unused_parameters_have_zero_gradients():
     params = {"used": normal(0, 4), "unused": normal(1, 3, 2)}
-    x = normal(2, 5, 4)
-    grads = per_example_grad(lambda p, x: jnp.sin(x @ p["used"]))(params, x)
+
+    @quick_jit
+    def answers(params, x):
+        grads = per_example_grad(lambda p, x: jnp.sin(x @ p["used"]))(params, x)
+        total = weighted_sum(grads, jnp.ones(5))["unused"]
+        stacked = grads["unused"].materialize()
+        return grads, stacked, total, sq_norms(grads), sq_norms(grads["used"])
+
+    grads, stacked, total, norms, of_used = answers(params, normal(2, 5, 4))
     assert jax.tree.leaves(grads["unused"])[0].size == 0
-    assert grads["unused"].materialize().shape == (5, 3, 2)
-    assert not jnp.any(grads["unused"].materialize())
-    close(weighted_sum(grads, jnp.ones(5))["unused"], jnp.zeros((3, 2)), 0)
-    close(sq_norms(grads), sq_norms(grads["used"]), 0)
+    close((stacked, total), (np.zeros((5, 3, 2)), np.zeros((3, 2))), 0)
+    close(norms, of_used, 0)
 
 
 def test_stopped_gradients_and_a_loss_without_the_example():
@@ -239,9 +232,15 @@ def test_stopped_gradients_and_a_loss_without_the_example():
 
     params, x = {"a": normal(0, 4), "b": normal(1, 3)}, normal(2, 5, 4)
     for fun in (loss, lambda p, x: jnp.sum(p["b"] ** 3)):
-        grads = per_example_grad(fun)(params, x)
-        close(materialize(grads), stacked_grads(fun, params, x), 1e-12)
-        assert jnp.all(sq_norms(grads["b"]) > 0)
+
+        @quick_jit
+        def answers(params, x, fun=fun):
+            grads = per_example_grad(fun)(params, x)
+            return materialize(grads), stacked_grads(fun, params, x), sq_norms(grads["b"])
+
+        found, expected, norms = answers(params, x)
+        close(found, expected, 1e-12)
+        assert np.min(norms) > 0
 
 
 def test_random_keys_in_the_batch_and_closed_over_arrays():
@@ -260,36 +259,42 @@ def test_bfloat16_parameters_with_a_float32_loss():
         example = jax.tree.map(lambda x: x.astype(jnp.bfloat16), example)
         return mlp(params, example).astype(jnp.float32)
 
+    @quick_jit
+    def answers(params, batch):
+        grads, oracle = per_example_grad(loss)(params, batch), stacked_grads(loss, params, batch)
+        wide = jax.tree.map(lambda g: g.astype(jnp.float32), oracle)
+        return (materialize(grads), sq_norms(grads)), (oracle, sq_norms(wide))
+
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp_params(5, 8, 3))
-    grads = per_example_grad(loss)(params, batch())
-    oracle = stacked_grads(loss, params, batch())
-    close(materialize(grads), oracle, 2e-2)
-    wide = jax.tree.map(lambda g: g.astype(jnp.float32), oracle)
-    close(sq_norms(grads), sq_norms(wide), 2e-2)
-    assert sq_norms(grads).dtype == jnp.float32
+    found, expected = answers(params, mlp_batch())
+    close(found, expected, 2e-2)
+    assert found[1].dtype == jnp.float32
 
 
 def test_float32_agrees_to_1e_5():
-    to_32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-    params, data = to_32(mlp_params(5, 64, 64, 3)), to_32(batch(32))
-    found, expected = per_example_norms(mlp)(params, data), stacked_grads(mlp, params, data)
-    close(found, jnp.sqrt(sq_norms(expected)), 1e-5)
-    weights = jnp.ones(32, jnp.float32)
-    grads = per_example_grad(mlp)(params, data)
-    close(weighted_sum(grads, weights), weighted_sum(expected, weights), 1e-5)
+    @quick_jit
+    def answers(params, data):
+        grads, oracle = per_example_grad(mlp)(params, data), stacked_grads(mlp, params, data)
+        weights = jnp.ones(32, jnp.float32)
+        found = per_example_norms(mlp)(params, data), weighted_sum(grads, weights)
+        return found, (jnp.sqrt(sq_norms(oracle)), weighted_sum(oracle, weights))
+
+    found, expected = answers(*jax.tree.map(np.float32, (mlp_params(5, 64, 64, 3), mlp_batch(32))))
+    close(found, expected, 1e-5)
+    assert found[0].dtype == jnp.float32
 
 
 def test_stacked_and_factored_leaves_mix():
-    params = mlp_params(5, 8, 3)
-    grads = per_example_grad(mlp)(params, batch())
-    oracle = stacked_grads(mlp, params, batch())
-    mixed = [oracle[0], grads[1]]
-    close(sq_norms(mixed), sq_norms(oracle), 1e-12)
-    close(materialize(mixed), oracle, 1e-12)
-    weights = jnp.arange(6.0)
-    close(weighted_sum(mixed, weights), weighted_sum(oracle, weights), 1e-12)
+    @quick_jit
+    def answers(params, batch):
+        grads, oracle = per_example_grad(mlp)(params, batch), stacked_grads(mlp, params, batch)
+        trees, weights = ([oracle[0], grads[1]], oracle), jnp.arange(6.0)
+        return [(sq_norms(t), materialize(t), weighted_sum(t, weights)) for t in trees]
+
+    close(*answers(mlp_params(5, 8, 3), mlp_batch()), 1e-12)
 
 
 def test_forms_cross_jit():
-    grads = jax.jit(per_example_grad(mlp))(mlp_params(5, 8, 3), batch())
+    """Out of one function, and into another or into none."""
+    grads = jax.jit(per_example_grad(mlp))(mlp_params(5, 8, 3), mlp_batch())
     close(jax.jit(sq_norms)(grads), sq_norms(grads), 1e-12)

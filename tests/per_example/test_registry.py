@@ -21,8 +21,7 @@ def loss(w, x):
     return jnp.sum(jnp.sin(lax.rem(w, x)))
 
 
-with jax.enable_x64(True):
-    W, X = normal(0, 4), 2 + normal(1, 5, 4) / 4
+W, X = normal(0, 4), 2 + normal(1, 5, 4) / 4
 
 
 def test_a_new_rule_replaces_the_fallback(rules):

@@ -8,7 +8,7 @@ from tools.agreement import normal, stacked_grads
 
 from optaxclip.per_example import norms, per_example_grad, per_example_norms, sq_norms
 
-SIZES = jnp.array([1e-12, 1e-15, 1.0, 1e12, 1e15, 0.0])
+SIZES = np.array([1e-12, 1e-15, 1.0, 1e12, 1e15, 0.0])
 
 
 def rank_one(p, x):

@@ -11,9 +11,8 @@ from tools.agreement import assert_equals_oracle, normal, stacked_grads
 from optaxclip import clip_per_example
 from optaxclip.per_example import per_example_grad, reweighted_grad, sq_norms, weighted_sum
 
-with jax.enable_x64(True):
-    X, Y = normal(0, 6, 4), jnp.array([0, 1, 2, 0, 1, 2])
-    PARAMS = {"w": normal(1, 4, 3), "b": normal(2, 3)}
+X, Y = normal(0, 6, 4), np.array([0, 1, 2, 0, 1, 2])
+PARAMS = {"w": normal(1, 4, 3), "b": normal(2, 3)}
 
 
 def loss(params, example):

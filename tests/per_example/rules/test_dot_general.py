@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,8 +45,7 @@ def test_every_dimension_number_and_both_sides(product, weight_is_lhs):
         sides = (w, x) if weight_is_lhs else (x, w)
         return jnp.sum(jnp.sin(lax.dot_general(*sides, numbers)))
 
-    with jax.enable_x64(True):
-        assert_equals_oracle(loss, weight, data)
+    assert_equals_oracle(loss, weight, data)
 
 
 @pytest.mark.parametrize(
