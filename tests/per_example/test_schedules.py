@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from test_gradients import batch, mlp, mlp_params
-from tools.agreement import close, normal, stacked_grads
+from tools.agreement import close, normal, quick_jit, stacked_grads
+from tools.models import mlp, mlp_batch, mlp_params
 
 from optaxclip.per_example import explain, reweighted_grad
 from optaxclip.per_example.arguments import Options, call_of
@@ -28,13 +29,16 @@ def oracle(fun, weights, params, batch):
 
 @every
 def test_methods_agree(method):
-    params, data = mlp_params(5, 8, 3), batch()
-    found = jax.jit(reweighted_grad(mlp, clip, method=method))(params, data)
-    grads, squares, c = oracle(mlp, clip, params, data)
-    assert 0 < jnp.sum(c < 1) < 6, "the test would pass without weights"
+    @quick_jit
+    def answers(params, data):
+        found = reweighted_grad(mlp, clip, method=method)(params, data)
+        return found, oracle(mlp, clip, params, data), jax.vmap(mlp, (None, 0))(params, data)
+
+    found, (grads, squares, c), values = answers(mlp_params(5, 8, 3), mlp_batch())
+    assert 0 < np.sum(np.asarray(c) < 1) < 6, "the test would pass without weights"
     close(found.grads, grads, 1e-10)
     close((found.sq_norms, found.weights), (squares, c), 1e-10)
-    close(found.values, jax.vmap(mlp, (None, 0))(params, data), 1e-10)
+    close(found.values, values, 1e-10)
     assert found.aux == ()
 
 
@@ -45,12 +49,15 @@ def remat_loss(params, x):
 
 @every
 def test_tied_rematerialised_weights_and_leaves_that_do_not_move(method):
-    params = {"w": normal(0, 4, 4), "n": jnp.arange(4), "scale": jnp.array(0.5)}
-    x = normal(1, 6, 4)
-    found = reweighted_grad(remat_loss, clip, method=method)(params, x)
+    n, moving = np.arange(4), {"w": normal(0, 4, 4), "scale": np.array(0.5)}
+
+    @quick_jit
+    def answers(n, moving, x):
+        found = reweighted_grad(remat_loss, clip, method=method)({**moving, "n": n}, x)
+        return found, oracle(lambda p, x: remat_loss({**p, "n": n}, x), clip, moving, x)
+
+    found, (grads, squares, _) = answers(n, moving, normal(1, 6, 4))
     assert found.grads.pop("n").tolist() == [0] * 4
-    n, moving = params.pop("n"), params
-    grads, squares, _ = oracle(lambda p, x: remat_loss({**p, "n": n}, x), clip, moving, x)
     close((found.grads, found.sq_norms), (grads, squares), 1e-10)
 
 
@@ -60,14 +67,18 @@ def test_options(method):
         y = x * jax.random.normal(key, x.shape)
         return jnp.sum((y @ w) ** 2) * scale, y
 
-    w, x, key = normal(0, 4, 3), normal(1, 6, 4), jax.random.key(0)
-    found = reweighted_grad(
+    grad = reweighted_grad(
         fun, clip, (3,), batch_argnums=2, prng_argnum=1, has_aux=True, keep_batch_dim=True,
         strict=True, method=method,
-    )(2.0, key, x, w)  # fmt: skip
-    keys = jax.random.split(key, 6)
-    one = lambda w, kx: fun(2.0, kx[0], kx[1][None], w)[0]
-    grads, squares, _ = oracle(one, clip, w, (keys, x))
+    )  # fmt: skip
+
+    @quick_jit
+    def answers(key, x, w):
+        one = lambda w, kx: fun(2.0, kx[0], kx[1][None], w)[0]
+        keys = jax.random.split(key, 6)
+        return grad(2.0, key, x, w), oracle(one, clip, w, (keys, x))
+
+    found, (grads, squares, _) = answers(jax.random.key(0), normal(1, 6, 4), normal(0, 4, 3))
     close((found.grads, found.sq_norms), ((grads,), squares), 1e-10)
     assert found.aux.shape == (6, 4)
 
@@ -82,7 +93,7 @@ def test_no_gradient_flows_through_the_weights(method):
         result = reweighted_grad(loss, normalise, method=method)(normal(0, 4), normal(1, 6, 4))
         return jnp.sum(result.grads)
 
-    close(jax.grad(total)(1.0), total(1.0), 1e-10)
+    close(*quick_jit(lambda scale: (jax.grad(total)(scale), total(scale)))(1.0), 1e-10)
 
 
 @every
@@ -94,11 +105,13 @@ def test_micro_batches_change_nothing(method, size):
         y = jnp.sin(x * jax.random.normal(key, x.shape) @ params["w"])
         return jnp.sum(y) * params["n"][0], y
 
-    params = {"w": normal(0, 4, 3), "n": jnp.arange(1, 3), "key": jax.random.key(3)}
+    params = {"w": normal(0, 4, 3), "n": np.arange(1, 3), "key": jax.random.key(3)}
     options = {"batch_argnums": 2, "prng_argnum": 1, "has_aux": True, "method": method}
-    given = params, jax.random.key(0), normal(1, 6, 4)
-    whole = reweighted_grad(fun, clip, **options)(*given)
-    found = jax.jit(reweighted_grad(fun, clip, microbatch_size=size, **options))(*given)
+    in_parts = reweighted_grad(fun, clip, microbatch_size=size, **options)
+    at_once = reweighted_grad(fun, clip, **options)
+    found, whole = quick_jit(lambda *given: (in_parts(*given), at_once(*given)))(
+        params, jax.random.key(0), normal(1, 6, 4)
+    )
     assert jax.tree.structure(found) == jax.tree.structure(whole)
     assert found.grads["n"].tolist() == [0, 0]
     assert found.grads.pop("key") == whole.grads.pop("key")
@@ -107,10 +120,10 @@ def test_micro_batches_change_nothing(method, size):
 
 def test_micro_batches_add_in_float32():
     """128 ones and then halves: in bfloat16 the total would stop at 128 or 256."""
-    w, x = jnp.zeros((), jnp.bfloat16), jnp.concatenate([jnp.full(128, 2.0), jnp.full(256, 0.5)])
+    x = np.repeat(np.float32([2.0, 0.5]), [128, 256])
     fun = lambda w, x: w.astype(jnp.float32) * x
     sum_all = reweighted_grad(fun, jnp.ones_like, microbatch_size=1)
-    found = sum_all(w, x.astype(jnp.float32)).grads
+    found = quick_jit(sum_all)(np.zeros((), jnp.bfloat16), x).grads
     assert (found.dtype, float(found)) == (jnp.bfloat16, 384.0)
 
 
@@ -125,7 +138,7 @@ def test_micro_batches_add_in_float32():
 )
 def test_micro_batch_sizes_are_checked(size, error, message):
     with pytest.raises(error, match=message):
-        reweighted_grad(mlp, clip, microbatch_size=size)(mlp_params(5, 3), batch())
+        reweighted_grad(mlp, clip, microbatch_size=size)(mlp_params(5, 3), mlp_batch())
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,7 @@ def test_the_best_size_divides_the_batch(count, parts, size):
 def test_weights_are_checked():
     fun = reweighted_grad(mlp, lambda sq_norms: 1.0)
     with pytest.raises(ValueError, match=r"one number per example, got shape \(\) for .*\(6,\)"):
-        fun(mlp_params(5, 3), batch())
+        fun(mlp_params(5, 3), mlp_batch())
 
 
 def test_methods_are_checked():

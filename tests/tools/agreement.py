@@ -25,6 +25,11 @@ QUICK = {
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
+def run(fun, *args):
+    """What `fun` returns, from one program, in NumPy."""
+    return jax.device_get(quick_jit(fun)(*args))
+
+
 def stacked_grads(fun, params, batch):
     """The oracle, obviously right: per-example gradients, [B, *shape] at each leaf."""
     return jax.vmap(jax.grad(fun), in_axes=(None, 0))(params, batch)

@@ -32,6 +32,12 @@ def tied(params, example):
     return jnp.sum((h @ params["w"].T) ** 2) * params["scale"]
 
 
+def aggregate(tx, grads, params=None):
+    """The first update of an aggregator."""
+    like = jax.tree.map(lambda g: g[0], grads) if params is None else params
+    return tx.update(grads, tx.init(like), params)
+
+
 TIED_SHAPES = {"w": (3, 4), "b": (4,), "table": (6, 4), "scale": ()}
 TIED_SIZE = 5
 
