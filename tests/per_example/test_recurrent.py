@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tools.agreement import assert_equals_oracle, normal
+from tools.agreement import assert_equals_oracle, normal, quick_jit
 
 SEQUENCES, LABELS = normal(0, 5, 3, 4), np.array([0, 1, 2, 0, 1])
 
@@ -16,12 +16,15 @@ def entropy(logits, label):
 
 
 def as_float64(params):
-    return jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    return jax.tree.map(np.float64, params)
 
 
 def test_nnx_lstm():
-    cell = nnx.LSTMCell(4, 3, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
-    graph, params, rest = nnx.split(nnx.RNN(cell), nnx.Param, ...)
+    def build():
+        dtypes = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        return nnx.split(nnx.RNN(nnx.LSTMCell(4, 3, rngs=nnx.Rngs(0), **dtypes)), nnx.Param, ...)
+
+    graph, params, rest = quick_jit(build)()
 
     def loss(params, example):
         x, label = example
@@ -32,7 +35,7 @@ def test_nnx_lstm():
 
 def test_linen_gru():
     model = nn.RNN(nn.GRUCell(3, param_dtype=jnp.float64), reverse=True, keep_order=True)
-    params = as_float64(model.init(jax.random.key(0), SEQUENCES[0]))
+    params = as_float64(quick_jit(model.init)(jax.random.key(0), SEQUENCES[0]))
 
     def loss(params, example):
         x, label = example
@@ -52,7 +55,7 @@ def test_linen_scan_over_layers_with_remat():
     block = nn.remat(Block, prevent_cse=False)
     stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     model = stack()
-    params = as_float64(model.init(jax.random.key(0), SEQUENCES[0], None))
+    params = as_float64(quick_jit(model.init)(jax.random.key(0), SEQUENCES[0], None))
 
     def loss(params, example):
         x, label = example
@@ -66,7 +69,8 @@ def test_nnx_scan_over_layers_with_remat():
     def create(key):
         return nnx.Linear(4, 4, rngs=nnx.Rngs(key), dtype=jnp.float64, param_dtype=jnp.float64)
 
-    graph, params = nnx.split(create(jax.random.split(jax.random.key(0), 2)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    graph, params = quick_jit(lambda keys: nnx.split(create(keys)))(keys)
 
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
     @nnx.remat

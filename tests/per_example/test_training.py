@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from tools.agreement import assert_equals_oracle, normal, stacked_grads
+from tools.agreement import assert_equals_oracle, normal, quick_jit, run, stacked_grads
 
 from optaxclip import clip_per_example
 from optaxclip.per_example import per_example_grad, reweighted_grad, sq_norms, weighted_sum
@@ -44,14 +44,14 @@ def reweighted_step(params, batch):
 
 @pytest.mark.parametrize("step", [factored_step, reweighted_step])
 def test_a_scanned_training_loop_with_donated_parameters(step):
-    batches = jax.tree.map(lambda x: jnp.stack([x, x[::-1], jnp.roll(x, 2, axis=0)]), (X, Y))
+    batches = jax.tree.map(lambda x: np.stack([x, x[::-1], np.roll(x, 2, axis=0)]), (X, Y))
 
     def train(step, params):
         return lax.scan(lambda p, batch: (step(p, batch), None), params, batches)[0]
 
-    expected = jax.jit(train, static_argnums=0)(oracle_step, PARAMS)
-    donated = jax.tree.map(jnp.copy, PARAMS)
-    found = jax.jit(train, static_argnums=0, donate_argnums=1)(step, donated)
+    expected = quick_jit(train, static_argnums=0)(oracle_step, PARAMS)
+    donated = jax.device_put(PARAMS, may_alias=False)
+    found = quick_jit(train, static_argnums=0, donate_argnums=1)(step, donated)
     assert all(x.is_deleted() for x in jax.tree.leaves(donated))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10)
@@ -86,16 +86,20 @@ def test_accumulating_clipped_micro_batches_equals_one_step_of_the_whole(k):
         adam = optax.MultiSteps(optax.adam(0.1), every).gradient_transformation()
         return optax.chain(clip_per_example(0.5), adam)
 
-    def run(tx, batches):
-        params, state = PARAMS, tx.init(PARAMS)
-        for batch in batches:
-            grads = per_example_grad(loss)(params, batch)
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+    def train(tx, params, batches):
+        def step(carry, batch):
+            params, state = carry
+            updates, state = tx.update(per_example_grad(loss)(params, batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-    parts = [(X[i::k], Y[i::k]) for i in range(k)]
-    found, expected = run(tx(k), parts), run(tx(1), [(X, Y)])
+        return lax.scan(step, (params, tx.init(params)), batches)[0][0]
+
+    def both(params, whole, parts):
+        return train(tx(k), params, parts), train(tx(1), params, whole)
+
+    whole = X[None], Y[None]
+    parts = tuple(np.stack([x[i::k] for i in range(k)]) for x in (X, Y))
+    found, expected = run(both, jax.tree.map(jnp.asarray, PARAMS), whole, parts)
     for a, b, start in zip(*map(jax.tree.leaves, (found, expected, PARAMS)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)
         assert np.any(b != start)

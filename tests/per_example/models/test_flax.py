@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tools.agreement import assert_equals_oracle, normal
+from tools.agreement import assert_equals_oracle, normal, quick_jit
 
 X, IMAGES = (4, 6, 8), (3, 6, 6, 4)  # tokens and images
 IDS = np.array([[0, 2, 2, 5, 1], [1, 1, 1, 1, 1], [3, 0, 4, 3, 0]])
@@ -26,7 +26,7 @@ def check_linen(model, data, **kwargs):
 
 
 def check_nnx(build, data, **kwargs):
-    graph, params, rest = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)
+    graph, params, rest = quick_jit(lambda: nnx.split(build(nnx.Rngs(0)), nnx.Param, ...))()
     leaves, tree = jax.tree.flatten(params)
     params = jax.tree.unflatten(tree, [normal(i, *x.shape) / 2 for i, x in enumerate(leaves)])
     loss = lambda p, x: total(nnx.merge(graph, p, rest)(x))
@@ -116,10 +116,12 @@ def test_nnx_mlp_with_lora():
 
 
 def test_nnx_lora_alone():
-    graph, lora, rest = nnx.split(
-        nnx.LoRA(5, 2, 3, base_module=nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)),
-        nnx.LoRAParam, ...,
-    )  # fmt: skip
+    def build():
+        base = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        lora = nnx.LoRA(5, 2, 3, base_module=base, rngs=nnx.Rngs(0))
+        return nnx.split(lora, nnx.LoRAParam, ...)
+
+    graph, lora, rest = quick_jit(build)()
     lora = jax.tree.map(lambda x: normal(0, *x.shape), lora)
     assert_equals_oracle(lambda p, x: total(nnx.merge(graph, p, rest)(x)), lora, normal(0, 4, 5))
 
