@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tools.agreement import close, normal, stacked_grads
+from tools.agreement import close, normal, quick_jit, run, stacked_grads
 
 from optaxclip.per_example import (
     explain,
@@ -32,24 +32,26 @@ TREES = ({"w": W}, X, V, Y, 0.5)
 
 @pytest.mark.parametrize("argnums", [0, 2, (0,), (2, 0), [0, 2]])
 def test_argnums_batch_argnums_and_shared_arguments(argnums):
-    args, shared = TREES, {"shift": jnp.array(0.3)}
-    losses, grads = per_example_value_and_grad(two_trees, argnums, batch_argnums=(1, 3))(
-        *args, **shared
-    )
     numbers = tuple(argnums) if isinstance(argnums, list) else argnums
-    axes = (None, 0, None, 0, None)
-    expected_losses, expected = jax.vmap(
-        lambda *a: jax.value_and_grad(two_trees, numbers)(*a, **shared), axes
-    )(*args)
-    close(losses, expected_losses, 1e-12)
-    close(materialize(grads), expected, 1e-12)
+
+    def both(*args):
+        shared = {"shift": jnp.array(0.3)}
+        found = per_example_value_and_grad(two_trees, argnums, batch_argnums=(1, 3))
+        losses, grads = found(*args, **shared)
+        one = lambda *a: jax.value_and_grad(two_trees, numbers)(*a, **shared)
+        return (losses, materialize(grads)), jax.vmap(one, (None, 0, None, 0, None))(*args)
+
+    close(*run(both, *TREES), 1e-12)
 
 
 def test_one_plan_and_one_norm_over_all_arguments():
     options = {"argnums": (0, 2), "batch_argnums": (1, 3)}
-    norms = per_example_norms(two_trees, **options)(*TREES, shift=1.0)
-    grads = per_example_grad(two_trees, **options)(*TREES, shift=1.0)
-    close(norms, jnp.sqrt(sq_norms(grads)), 1e-12)
+
+    def both(*args):
+        grads = per_example_grad(two_trees, **options)(*args, shift=1.0)
+        return per_example_norms(two_trees, **options)(*args, shift=1.0), jnp.sqrt(sq_norms(grads))
+
+    close(*run(both, *TREES), 1e-12)
     plan = explain(two_trees, *TREES, shift=1.0, **options)
     assert [row.path for row in plan.rows] == ["0/w", "1"]
 
@@ -60,17 +62,20 @@ def with_aux(w, x):
 
 
 def test_aux_has_a_leading_axis_of_examples():
-    grads, aux = jax.jit(per_example_grad(with_aux, has_aux=True))(W, X)
-    expected, expected_aux = jax.vmap(jax.grad(with_aux, has_aux=True), (None, 0))(W, X)
-    close(materialize(grads), expected, 1e-12)
+    def compute(w, x):
+        grads, aux = per_example_grad(with_aux, has_aux=True)(w, x)
+        (losses, again), _ = per_example_value_and_grad(with_aux, has_aux=True)(w, x)
+        norms, _ = per_example_norms(with_aux, has_aux=True)(w, x)
+        oracle = jax.vmap(jax.grad(with_aux, has_aux=True), (None, 0))(w, x)
+        return (materialize(grads), aux), (losses, norms, again), oracle
+
+    (grads, aux), (losses, norms, again), (expected, expected_aux) = run(compute, W, X)
+    close((grads, aux), (expected, expected_aux), 1e-12)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), aux) == jax.tree.map(
         lambda a: (a.shape, a.dtype), expected_aux
     )
-    close(aux["y"], expected_aux["y"], 1e-12)
-    (losses, again), _ = per_example_value_and_grad(with_aux, has_aux=True)(W, X)
-    close(losses, jnp.sum(aux["y"] ** 2, 1), 1e-12)
-    norms, _ = per_example_norms(with_aux, has_aux=True)(W, X)
-    close((norms, again["top"]), (jnp.sqrt(sq_norms(expected)), aux["top"]), 1e-12)
+    close(losses, np.sum(aux["y"] ** 2, 1), 1e-12)
+    close((norms, again["top"]), (np.linalg.norm(expected, axis=(1, 2)), aux["top"]), 1e-12)
 
 
 def test_aux_adds_no_uses():
@@ -88,36 +93,45 @@ def test_batches_of_one_example():
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return jnp.mean(loss), {"logits": logits, "count": x.shape[0]}
 
-    labels = jnp.arange(6) % 3
-    grads, aux = per_example_grad(batch_loss, has_aux=True, keep_batch_dim=True)(W, (X, labels))
-    expected = [jax.grad(lambda w, i: batch_loss(w, (X[i], labels[i]))[0])(
-        W, np.s_[i : i + 1]) for i in range(6)]  # fmt: skip
-    close(materialize(grads), jnp.stack(expected), 1e-12)
+    def compute(w, x, labels):
+        grad = per_example_grad(batch_loss, has_aux=True, keep_batch_dim=True)
+        grads, aux = grad(w, (x, labels))
+        one = jax.grad(lambda w, i: batch_loss(w, (x[i], labels[i]))[0])
+        return materialize(grads), aux, jnp.stack([one(w, np.s_[i : i + 1]) for i in range(6)])
+
+    grads, aux, expected = run(compute, W, X, np.arange(6) % 3)
+    close(grads, expected, 1e-12)
     close(aux["logits"], X @ W, 1e-12)  # not [6, 1, 3]
     assert aux["count"].tolist() == [1] * 6
 
 
-@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
-def test_each_example_gets_its_own_key(key):
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_each_example_gets_its_own_key(make_key):
     def loss(w, x, key):
         return jnp.sum(x * jax.random.bernoulli(key, 0.5, x.shape) @ w), key
 
-    for keep in (False, True):
-        options = {"prng_argnum": 2, "has_aux": True, "keep_batch_dim": keep}
-        grads, used = per_example_grad(loss, **options)(W, X, key)
+    def compute(w, x):
+        key, found = make_key(0), []
         keys = jax.random.split(key, 6)
-        assert jnp.all(used == keys)
-        x = X[:, None] if keep else X
-        expected, _ = jax.vmap(jax.grad(loss, has_aux=True), (None, 0, 0))(W, x, keys)
-        close(materialize(grads), expected, 1e-12)
+        for keep in (False, True):
+            options = {"prng_argnum": 2, "has_aux": True, "keep_batch_dim": keep}
+            grads, used = per_example_grad(loss, **options)(w, x, key)
+            given = x[:, None] if keep else x
+            expected, _ = jax.vmap(jax.grad(loss, has_aux=True), (None, 0, 0))(w, given, keys)
+            found.append((jnp.all(used == keys), materialize(grads), expected))
+        return found
+
+    for same_keys, grads, expected in run(compute, W, X):
+        assert same_keys
+        close(grads, expected, 1e-12)
 
 
 def test_leaves_that_do_not_move_have_zero_gradients():
     params = {
         "w": W,
-        "steps": jnp.arange(3),
-        "mask": jnp.array([True, False, True]),
-        "unused": jnp.ones((2, 0)),
+        "steps": np.arange(3),
+        "mask": np.array([True, False, True]),
+        "unused": np.ones((2, 0)),
         "none": None,
         "number": 2.0,
     }
@@ -125,14 +139,17 @@ def test_leaves_that_do_not_move_have_zero_gradients():
     def loss(p, x):
         return jnp.sum(jnp.where(p["mask"], x @ p["w"], 0.0) * p["steps"]) ** 2 * p["number"]
 
-    grads = per_example_grad(loss)(params, X)
-    moving = {"w": W, "number": 2.0}
-    expected = stacked_grads(lambda p, x: loss({**params, **p}, x), moving, X)
-    close(sq_norms(grads), sq_norms(expected), 1e-12)
-    close({k: materialize(grads)[k] for k in moving}, expected, 1e-12)
-    total = weighted_sum(grads, jnp.ones(6))
+    def compute(params, x):
+        grads, moving = per_example_grad(loss)(params, x), {k: params[k] for k in ("w", "number")}
+        expected = stacked_grads(lambda p, x: loss({**params, **p}, x), moving, x)
+        stacked = {k: materialize(grads)[k] for k in moving}
+        total = weighted_sum(grads, jnp.ones(6))
+        updated = optax.apply_updates(params, total)
+        return (stacked, sq_norms(grads)), (expected, sq_norms(expected)), total, updated
+
+    found, expected, total, updated = run(compute, params, X)
+    close(found, expected, 1e-12)
     assert not total["mask"].any()
-    updated = jax.jit(optax.apply_updates)(params, total)
     assert updated["steps"].tolist() == [0, 1, 2]
     assert updated["mask"].tolist() == [True, False, True]
     assert [updated["unused"].shape, updated["none"]] == [(2, 0), None]
@@ -145,36 +162,47 @@ def test_keys_among_the_parameters():
     def loss(p, x):
         return jnp.sum(x * jax.random.normal(p["key"], (4,)) @ p["w"])
 
-    total = jax.jit(lambda p: weighted_sum(per_example_grad(loss)(p, X), jnp.ones(6)))(params)
+    @quick_jit
+    def both(params):
+        total = weighted_sum(per_example_grad(loss)(params, X), jnp.ones(6))
+        return total, jax.grad(lambda p: sum(loss(p, x) for x in X), allow_int=True)(params)
+
+    total, alone = both(params)
     assert total["key"].dtype == jax.dtypes.float0
-    alone = jax.grad(lambda p: sum(loss(p, x) for x in X), allow_int=True)(params)
     assert jax.tree.structure(total) == jax.tree.structure(alone)
     close(total["w"], alone["w"], 1e-12)
 
 
 def test_trees_of_frameworks_are_parameters():
-    graph, state = nnx.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    graph, state = quick_jit(lambda: nnx.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0))))()
 
     def nnx_loss(state, x):
         return jnp.sum(nnx.merge(graph, state)(x) ** 2)
 
-    moving, static = eqx.partition(eqx.nn.MLP(4, 3, 5, 1, key=jax.random.key(0)), eqx.is_array)
+    make = eqx.filter_jit(lambda key: eqx.nn.MLP(4, 3, 5, 1, key=key))
+    moving, static = eqx.partition(make(jax.random.key(0)), eqx.is_array)
 
     def eqx_loss(moving, x):
         return jnp.sum(eqx.combine(moving, static)(x) ** 2)
 
     linen = nn.Dense(3)
-    variables = linen.init(jax.random.key(0), X[0])
+    variables = quick_jit(linen.init)(jax.random.key(0), X[0])
 
     def linen_loss(variables, x):
         return jnp.sum(linen.apply(variables, x) ** 2)
 
     for loss, params in [(nnx_loss, state), (eqx_loss, moving), (linen_loss, variables)]:
-        grads = per_example_grad(loss, strict=True)(params, X)
-        total = weighted_sum(grads, jnp.ones(6))
+
+        def compute(params, x, loss=loss):
+            grads = per_example_grad(loss, strict=True)(params, x)
+            total = weighted_sum(grads, jnp.ones(6))
+            stacked = materialize(grads), stacked_grads(loss, params, x)
+            return stacked, total, optax.apply_updates(params, total)
+
+        stacked, total, updated = run(compute, params, X)
+        close(*stacked, 1e-5)
         assert jax.tree.structure(total) == jax.tree.structure(params)
-        close(materialize(grads), stacked_grads(loss, params, X), 1e-5)
-        optax.apply_updates(params, total)
+        assert jax.tree.structure(updated) == jax.tree.structure(params)
 
 
 def test_argument_numbers_are_checked_when_the_function_is_made():

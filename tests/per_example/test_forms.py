@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import QUICK, close, normal
+from tools.agreement import close, normal, run
 
 from optaxclip.per_example import Dense, Gathered, Outer, Sum, contractions, per_example_norms
 from optaxclip.per_example.forms import add, scale
@@ -46,56 +46,74 @@ def forms():
     return found
 
 
-with jax.enable_x64(True):
-    FORMS = forms()
+NAMES = tuple(forms())
+WEIGHTS = np.array([1.0, -2.0, 0.5])
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_norms_sums_and_stacks(name):
-    form = FORMS[name]
-    stacked = np.asarray(form.materialize())
-    assert stacked.shape == (B, *SHAPE)
-    close(form.sq_norm(), jnp.sum(stacked**2, axis=(1, 2)), 1e-12)
-    weights = jnp.array([1.0, -2.0, 0.5])
-    close(form.weighted_sum(weights), jnp.tensordot(weights, stacked, 1), 1e-12)
-    close(scale(form, -3.0).materialize(), -3 * stacked, 1e-12)
-    assert (form.shape, form.dtype) == (SHAPE, jnp.float64)
+@pytest.fixture(scope="module")
+def answers():
+    """Of each form alone, from one program."""
+
+    def compute(found):
+        return {
+            name: {
+                "stacked": form.materialize(),
+                "norm": form.sq_norm(),
+                "sum": form.weighted_sum(jnp.asarray(WEIGHTS)),
+                "scaled": scale(form, -3.0).materialize(),
+            }
+            for name, form in found.items()
+        }
+
+    return run(compute, forms())
 
 
-def test_stacks_are_the_definition():
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_sums_and_stacks(name, answers):
+    form, found = forms()[name], answers[name]
+    stacked = found["stacked"]
+    expected = {
+        "stacked": stacked,
+        "norm": np.sum(stacked**2, axis=(1, 2)),
+        "sum": np.tensordot(WEIGHTS, stacked, 1),
+        "scaled": -3 * stacked,
+    }
+    close(found, expected, 1e-12)
+    assert (form.shape, form.dtype, stacked.shape) == (SHAPE, jnp.float64, (B, *SHAPE))
+
+
+def test_stacks_are_the_definition(answers):
     """Materialize, the yardstick of the other tests, written out by hand."""
     found, k = forms(), np.arange(B)
     form = found["outer columns T=9"]
-    by_hand = np.einsum("bti,bto->boi", form.left[:, 0], form.right[:, 0])
-    close(form.materialize(), jnp.asarray(by_hand), 1e-12)
+    by_hand = {"outer columns T=9": np.einsum("bti,bto->boi", form.left[:, 0], form.right[:, 0])}
     form, table = found["gathered rows"], np.zeros((B, *SHAPE))
     for b, t in itertools.product(k, range(4)):
-        table[b, IDS[b, t]] += np.asarray(form.right[b, t])
-    close(form.materialize(), jnp.asarray(table), 1e-12)
+        table[b, IDS[b, t]] += form.right[b, t]
+    by_hand["gathered rows"] = table
     form = found["outer split"]
-    by_hand = np.einsum("bkti,bkto->bkio", form.left, form.right).reshape(B, 2, 3, 2, 2)
-    by_hand = by_hand.transpose(0, 1, 2, 4, 3).reshape(B, *SHAPE)
-    close(form.materialize(), jnp.asarray(by_hand), 1e-12)
+    split = np.einsum("bkti,bkto->bkio", form.left, form.right).reshape(B, 2, 3, 2, 2)
+    by_hand["outer split"] = split.transpose(0, 1, 2, 4, 3).reshape(B, *SHAPE)
+    close({name: answers[name]["stacked"] for name in by_hand}, by_hand, 1e-12)
 
 
 @pytest.mark.slow
-def test_every_pair():
-    found, pairs = forms(), functools.partial(itertools.combinations_with_replacement, r=2)
+def test_every_pair(answers):
+    pairs = functools.partial(itertools.combinations_with_replacement, r=2)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
     def products(found):
         sums = (add([x, y]) for x, y in pairs(found.values()))
         inner = [x.inner(y) for x, y in itertools.product(found.values(), repeat=2)]
         return inner, [(total.sq_norm(), total.materialize()) for total in sums]
 
     # In the order in which jit hands over a dict.
-    stacked = [np.asarray(found[n].materialize()) for n in sorted(found)]
-    inner, sums = products(found)
+    stacked = [answers[name]["stacked"] for name in sorted(NAMES)]
+    inner, sums = run(products, forms())
     for product, (x, y) in zip(inner, itertools.product(stacked, repeat=2), strict=True):
-        close(product, jnp.sum(x * y, axis=(1, 2)), 1e-12)
+        close(product, np.sum(x * y, axis=(1, 2)), 1e-12)
     for (norm, total), (x, y) in zip(sums, pairs(stacked), strict=True):
-        close(norm, jnp.sum((x + y) ** 2, axis=(1, 2)), 1e-12)
-        close(total, jnp.asarray(x + y), 1e-12)
+        close(norm, np.sum((x + y) ** 2, axis=(1, 2)), 1e-12)
+        close(total, x + y, 1e-12)
 
 
 def test_forms_of_one_layout_are_joined():
@@ -174,14 +192,15 @@ def test_sums_by_blocks(monkeypatch):
     def products(found):
         return [x.inner(y) for x, y in itertools.combinations_with_replacement(found, 2)]
 
-    expected = jax.jit(products, compiler_options=QUICK)(found)
+    expected = run(products, found)
     monkeypatch.setattr(contractions, "_BLOCK_BYTES", 400)
-    close(jax.jit(lambda x: products(x), compiler_options=QUICK)(found), expected, 1e-12)
+    close(run(lambda x: products(x), found), expected, 1e-12)
 
 
 def test_gram_sums_that_cancel_stay_nonnegative():
-    left = jnp.stack([normal(0, 8), normal(0, 8)])[None, None] * 1e3
-    right = jnp.stack([normal(1, 8), -normal(1, 8)])[None, None] * 1e3
+    left = np.stack([normal(0, 8), normal(0, 8)])[None, None] * 1e3
+    right = np.stack([normal(1, 8), -normal(1, 8)])[None, None] * 1e3
     form = Outer(left, right * (1 + 1e-12), Layout((8, 8), left.dtype, ((), (0,), (1,))))
     assert form.norm_method == "gram"
-    assert float(form.sq_norm()[0]) >= 0
+    assert form.sq_norm()[0] >= 0  # outside jit
+    assert run(lambda form: form.sq_norm(), form)[0] >= 0

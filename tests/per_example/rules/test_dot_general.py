@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from tools.agreement import assert_equals_oracle, normal
+from tools.agreement import assert_equals_oracle, normal, run
 from tools.exploring import examples
+
+from optaxclip.per_example import per_example_grad, sq_norms, weighted_sum
 
 
 @st.composite
@@ -62,13 +64,12 @@ def test_norm_method_is_the_cheapest(shape, method):
 
 def test_16_bit_operands_are_added_in_float32():
     """2000 equal terms: adding them in bfloat16 stops at 256."""
-    from optaxclip.per_example import per_example_grad, sq_norms, weighted_sum
 
-    x = jnp.ones((2, 2000, 1), jnp.bfloat16)
-    grads = per_example_grad(lambda w, x: jnp.sum(x @ w, dtype=jnp.float32))(
-        jnp.ones((1, 1), jnp.bfloat16), x
-    )
-    np.testing.assert_allclose(sq_norms(grads), 2000.0**2)
-    total = weighted_sum(grads, jnp.ones(2, jnp.float32))
+    def compute(w, x):
+        grads = per_example_grad(lambda w, x: jnp.sum(x @ w, dtype=jnp.float32))(w, x)
+        return sq_norms(grads), weighted_sum(grads, jnp.ones(2, jnp.float32))
+
+    norms, total = run(compute, np.ones((1, 1), jnp.bfloat16), np.ones((2, 2000, 1), jnp.bfloat16))
+    np.testing.assert_allclose(norms, 2000.0**2)
     assert total.dtype == jnp.bfloat16
-    np.testing.assert_allclose(total.astype(jnp.float32), 4000.0, rtol=2**-8)
+    np.testing.assert_allclose(total.astype(np.float32), 4000.0, rtol=2**-8)
