@@ -272,6 +272,18 @@ def test_sixteen_bits_are_added_in_float32_in_any_micro_batch(dtype):
         np.testing.assert_array_equal(found, expected, err_msg=f"{size} {asked}", strict=True)
 
 
+def test_micro_batches_bound_the_memory():
+    """The largest array of the jaxpr is that of a micro-batch."""
+    fun = lambda w, x: jnp.sum(jnp.sin(x @ w))
+    w, x = np.ones((20, 30)), np.ones((64, 2, 20))
+
+    def largest(size):
+        grad = clipped_grad(fun, l2_clip_norm=1.0, microbatch_size=size, method="vmap")
+        return jax.jit(grad).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert largest(8) < largest(None) / 4
+
+
 def test_gradients_stay_factored():
     fun = lambda w, x: jnp.sum(jnp.sin(x @ w))
     jaxpr = jax.make_jaxpr(clipped_grad(fun, l2_clip_norm=1.0))(
@@ -328,11 +340,11 @@ def test_the_norm_may_be_traced_and_negative(params, batch):
     static = clipped_grad(loss, l2_clip_norm=0.8)
 
     @quick_jit
-    def fun(c):
+    def both(c, params, batch):
         return clipped_grad(loss, l2_clip_norm=c)(params, batch), static(params, batch)
 
-    close(*fun(0.8), 1e-6)
-    assert not any(map(np.any, jax.tree.leaves(fun(-1.0)[0])))
+    close(*both(0.8, params, batch), 1e-6)
+    assert not any(map(np.any, jax.tree.leaves(both(-1.0, params, batch)[0])))
     for bound in (jnp.asarray(-1.0), np.asarray(-1.0), {"layers": jnp.asarray(-1.0), "scale": 0}):
         negative = clipped_grad(loss, l2_clip_norm=bound)
         assert negative.sensitivity("REPLACE_ONE") == negative.l2_norm_bound == 0
