@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tools.agreement import close, quick_jit, run, stacked_grads
+from tools.agreement import close, stacked_grads
 from tools.models import TIED_SHAPES, TIED_SIZE, aggregate, tied, tied_batch, tied_params
+from tools.quick import quick_jit, run
 
 import optaxclip
 from optaxclip import clip_per_example

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tools.agreement import close, normal, quick_jit, run, stacked_grads
+from tools.agreement import close, normal, stacked_grads
+from tools.quick import quick_jit, run
 
 from optaxclip.per_example import (
     explain,

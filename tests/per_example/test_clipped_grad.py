@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
-from tools.agreement import close, normal, quick_jit, stacked_grads
+from tools.agreement import close, normal, stacked_grads
 from tools.exploring import examples
+from tools.quick import quick_jit
 
 import optaxclip
 from optaxclip import clipped_grad, clipped_value_and_grad

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import close, normal, run
+from tools.agreement import close, normal
+from tools.quick import run
 
 from optaxclip.per_example import Dense, Gathered, Outer, Sum, contractions, per_example_norms
 from optaxclip.per_example.forms import add, scale

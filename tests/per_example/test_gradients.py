@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from tools.agreement import assert_equals_oracle, close, normal, quick_jit, stacked_grads
+from tools.agreement import assert_equals_oracle, close, normal, stacked_grads
 from tools.models import mlp, mlp_batch, mlp_params
+from tools.quick import quick_jit
 
 from optaxclip.per_example import (
     materialize,

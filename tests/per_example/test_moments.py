@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import close, normal, run, stacked_grads
+from tools.agreement import close, normal, stacked_grads
+from tools.quick import run
 
 from optaxclip.per_example import Gathered, Outer, Sum, per_example_grad, second_moment
 

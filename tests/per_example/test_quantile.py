@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import run
+from tools.quick import run
 
 import optaxclip
 from optaxclip import clip_per_example, example_quantile

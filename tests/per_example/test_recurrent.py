@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tools.agreement import assert_equals_oracle, normal, quick_jit
+from tools.agreement import assert_equals_oracle, normal
+from tools.quick import quick_jit
 
 SEQUENCES, LABELS = normal(0, 5, 3, 4), np.array([0, 1, 2, 0, 1])
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import close, normal, run, stacked_grads
+from tools.agreement import close, normal, stacked_grads
 from tools.models import TIED_SIZE, aggregate, tied, tied_batch, tied_params
+from tools.quick import run
 
 import optaxclip
 from optaxclip import (

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import normal, quick_jit, run, stacked_grads
+from tools.agreement import normal, stacked_grads
+from tools.quick import quick_jit, run
 
 from optaxclip.per_example import norms, per_example_grad, per_example_norms, sq_norms
 

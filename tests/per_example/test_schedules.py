@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.agreement import close, normal, quick_jit, stacked_grads
+from tools.agreement import close, normal, stacked_grads
 from tools.models import mlp, mlp_batch, mlp_params
+from tools.quick import quick_jit
 
 from optaxclip.per_example import explain, reweighted_grad
 from optaxclip.per_example.arguments import Options, call_of

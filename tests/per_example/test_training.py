@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from tools.agreement import assert_equals_oracle, normal, quick_jit, run, stacked_grads
+from tools.agreement import assert_equals_oracle, normal, stacked_grads
+from tools.quick import quick_jit, run
 
 from optaxclip import clip_per_example
 from optaxclip.per_example import per_example_grad, reweighted_grad, sq_norms, weighted_sum

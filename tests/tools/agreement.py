@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tools.quick import quick_jit
 
 from optaxclip.per_example import (
     explain,
@@ -14,20 +15,6 @@ from optaxclip.per_example import (
     sq_norms,
     weighted_sum,
 )
-
-# For programs that run once: without the optimiser, without the emitters that write one LLVM module
-# a fusion, and in one part. A program of one loss takes 0.06 s to compile instead of 0.35 s.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-def run(fun, *args):
-    """What `fun` returns, from one program, in NumPy."""
-    return jax.device_get(quick_jit(fun)(*args))
 
 
 def stacked_grads(fun, params, batch):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tools.agreement import assert_equals_oracle, normal, quick_jit
+from tools.agreement import assert_equals_oracle, normal
+from tools.quick import quick_jit
 
 X, IMAGES = (4, 6, 8), (3, 6, 6, 4)  # tokens and images
 IDS = np.array([[0, 2, 2, 5, 1], [1, 1, 1, 1, 1], [3, 0, 4, 3, 0]])

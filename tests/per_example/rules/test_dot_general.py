@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from tools.agreement import assert_equals_oracle, normal, run
+from tools.agreement import assert_equals_oracle, normal
 from tools.exploring import examples
+from tools.quick import run
 
 from optaxclip.per_example import per_example_grad, sq_norms, weighted_sum
 
