@@ -1,5 +1,7 @@
 """Every state goes through a checkpoint, onto another mesh too."""
 
+import functools
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tools.clippers import CLIPPERS, make
+from tools.compiling import QUICK
 from tools.oracles import assert_close, assert_same_bits
 
 import optaxclip
@@ -18,7 +21,6 @@ PER_EXAMPLE = {
     "centered": lambda: optaxclip.centered_clip(1.0),
     "median": lambda: optaxclip.geometric_median(),
 }
-
 ONE_OF_EACH_MEMORY = [
     "autoclip",
     "zclip",
@@ -110,7 +112,7 @@ def test_every_state_comes_back_on_another_mesh_bit_for_bit(checkpointer, tmp_pa
 def test_training_goes_on_as_before_on_another_mesh(checkpointer, tmp_path):
     optimizers = {name: make(name) for name in ONE_OF_EACH_MEMORY}
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(grads, states, params):
         done = {name: tx.update(grads, states[name], params) for name, tx in optimizers.items()}
         return tuple({name: pair[i] for name, pair in done.items()} for i in range(2))

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from tools.compiling import QUICK
 from tools.norm_cases import CASES, assert_other_leaves_do_not_count
 
 
@@ -11,7 +12,7 @@ def test_there_are_several():
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_numpy(name):
-    CASES[name].check()
+    CASES[name].check(QUICK)
 
 
 def test_leaves_without_floating_point_elements_do_not_count():

@@ -10,11 +10,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tools.compiling import QUICK
 from tools.norm_cases import by_slot
 from tools.oracles import norm as exact
 
 import optaxclip
 
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 SPECS = {"kernel": P("data", "model"), "rows": P("data"), "columns": P(None, "model"), "bias": P()}
 SHAPES = {"kernel": (8, 6), "rows": (4, 5), "columns": (3, 4), "bias": (7,)}
 LABELS = {"kernel": "a", "rows": "b", "columns": "a", "bias": "a"}
@@ -53,7 +55,7 @@ def norms(mesh):
             for by in ("global", "leaf", "group")
         }
 
-    return jax.jit(jax.shard_map(of_each, mesh=mesh, in_specs=(SPECS,), out_specs=P()))
+    return jit(jax.shard_map(of_each, mesh=mesh, in_specs=(SPECS,), out_specs=P()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e25, 1e-23], ids=["ordinary", "overflow", "underflow"])
@@ -101,9 +103,9 @@ def test_optax_is_wrong_where_this_is_right(mesh, grads):
         local = functools.partial(factors, clip)
         # Optax's result varies over the mesh, so its out_specs cannot be checked.
         sharded = jax.shard_map(local, mesh=mesh, in_specs=(SPECS,), out_specs=P(), check_vma=False)
-        return jax.jit(sharded)(grads)
+        return jit(sharded)(grads)
 
-    whole = jax.jit(functools.partial(factors, optax.clip_by_global_norm(1.0)))(grads)
+    whole = jit(functools.partial(factors, optax.clip_by_global_norm(1.0)))(grads)
     ours = optaxclip.clip_by_global_norm(
         1.0,
         axis_name=lambda path, x: tuple(a for a in ("data", "model") if a in SPECS[path]),
@@ -120,7 +122,7 @@ def test_large_and_small_leaves(mesh):
     norm = functools.partial(norms_of, optaxclip.Norm("leaf"))
     sharded = jax.shard_map(norm, mesh=mesh, in_specs=(P("data"),), out_specs=P())
     expected = [exact([x]) for x in tree.values()]
-    np.testing.assert_allclose(jax.jit(sharded)(tree), expected, rtol=1e-6)
+    np.testing.assert_allclose(jit(sharded)(tree), expected, rtol=1e-6)
 
 
 CLIPPERS = {
@@ -149,7 +151,7 @@ def alone(grads):
     """States before the first update, and what all clippers make of it, unsharded."""
     txs = {name: make() for name, make in CLIPPERS.items()}
 
-    @jax.jit
+    @jit
     def first_update(grads):
         states = {name: tx.init(grads) for name, tx in txs.items()}
         return states, update_each(txs, grads, states)
@@ -171,7 +173,7 @@ def test_clippers_under_shard_map(mesh, grads, alone, check_vma):
         out_specs={name: (SPECS, P()) for name in CLIPPERS},
         check_vma=check_vma,
     )
-    for name, found in jax.jit(sharded)(grads, states).items():
+    for name, found in jit(sharded)(grads, states).items():
         assert_close(found, expected[name], name)
 
 
@@ -183,7 +185,7 @@ def test_bounds_of_elements_are_sharded_like_the_elements(mesh, grads, relearn_a
         _, state = tx.update(g, tx.init(g))
         return tx.update(jax.tree.map(lambda x: x**3, g), state)
 
-    expected, expected_state = jax.jit(two_steps)(grads)
+    expected, expected_state = jit(two_steps)(grads)
     state_specs = jax.tree.map(lambda _: P(), expected_state)
     if relearn_after is None:
         state_specs = dataclasses.replace(state_specs, threshold_state=SPECS)
@@ -192,7 +194,7 @@ def test_bounds_of_elements_are_sharded_like_the_elements(mesh, grads, relearn_a
         state_specs = dataclasses.replace(state_specs, threshold_state=learned)
     sharded = jax.shard_map(two_steps, mesh=mesh, in_specs=(SPECS,), out_specs=(SPECS, state_specs))
     held = placed(mesh, grads)
-    for run in (jax.jit(sharded), jax.jit(two_steps)):
+    for run in (jit(sharded), jit(two_steps)):
         updates, state = run(held)
         assert_close(updates, expected)
         assert_close(state, expected_state)
@@ -209,7 +211,7 @@ def test_singular_values_need_whole_matrices(mesh, grads):
     message = r"whole matrices, got columns of local shape \(3, 2\), sharded over \('model',\)"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(sharded, grads)
-    for k, x in jax.jit(update)(placed(mesh, grads)).items():
+    for k, x in jit(update)(placed(mesh, grads)).items():
         expected = np.float64(grads[k])
         u, s, vt = np.linalg.svd(np.atleast_2d(expected), full_matrices=False)
         expected = ((u * np.minimum(s, 1.0)) @ vt).reshape(expected.shape)
@@ -227,27 +229,27 @@ def test_units_under_shard_map_need_axis_name(mesh, grads):
             in_specs=({"columns": SPECS["columns"]},),
             out_specs={"columns": SPECS["columns"]},
         )
-        return jax.jit(local)({"columns": grads["columns"]})
+        return jit(local)({"columns": grads["columns"]})
 
     with pytest.raises(ValueError, match=r"columns .* sharded over \('model',\).*axis_name=\(\)"):
         sharded(optaxclip.agc(0.01))
     # Columns are whole on each device here.
     alone = functools.partial(update, tx=optaxclip.agc(0.01))
-    expected = jax.jit(alone)({"columns": grads["columns"]})
+    expected = jit(alone)({"columns": grads["columns"]})
     assert_close(sharded(optaxclip.agc(0.01, axis_name=())), expected)
 
 
 def test_units_split_over_the_mesh(mesh, grads):
     tree = {"rows": grads["rows"]}  # units are columns, split over "data"
     alone, tx = optaxclip.agc(0.01), optaxclip.agc(0.01, axis_name="data")
-    expected = jax.jit(lambda g: alone.update(g, alone.init(g), g)[0])(tree)
+    expected = jit(lambda g: alone.update(g, alone.init(g), g)[0])(tree)
     sharded = jax.shard_map(
         lambda g: tx.update(g, tx.init(g), g)[0],
         mesh=mesh,
         in_specs=({"rows": P("data")},),
         out_specs={"rows": P("data")},
     )
-    assert_close(jax.jit(sharded)(tree), expected)
+    assert_close(jit(sharded)(tree), expected)
 
 
 def test_pmap_axis_name():
@@ -266,7 +268,7 @@ def test_one_all_reduce_for_many_sharded_leaves(mesh):
     sharded = jax.shard_map(
         lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=P("data"), out_specs=P("data")
     )
-    hlo = jax.jit(sharded).lower(tree).compile().as_text()
+    hlo = jit(sharded).lower(tree).compile().as_text()
     assert hlo.count(" all-reduce(") == 1
 
 
@@ -288,14 +290,14 @@ def test_a_gradient_that_was_not_reduced(mesh):
     def run(tx, reduced):
         f = functools.partial(step, tx, reduced)
         run = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-        return jax.jit(run)(params, batch)
+        return jit(run)(params, batch)
 
     tx = optaxclip.clip_by_global_norm(1.0)
     message = r"got b varying over \('data',\).*jax\.lax\.pmean\(grads, \('data',\)\)"
     with pytest.raises(ValueError, match=message):
         run(tx, False)
 
-    @jax.jit
+    @jit
     def expected(params, batch):
         whole = jax.grad(loss)(params, batch)
         return tx.update(whole, tx.init(whole))[0]
@@ -308,12 +310,12 @@ def test_a_gradient_that_was_not_reduced(mesh):
         in_specs=(P("data"), P("data")),
         out_specs=P("data"),
     )
-    assert_close(jax.jit(split)({"w": batch}, {"w": batch})["w"], batch / np.linalg.norm(batch))
+    assert_close(jit(split)({"w": batch}, {"w": batch})["w"], batch / np.linalg.norm(batch))
 
 
 def test_skip_is_taken_by_all_devices_alike(mesh, grads):
     tx = optaxclip.skip_nonfinite(optax.adam(1e-3))
-    state = jax.jit(tx.init)(grads)
+    state = jit(tx.init)(grads)
     bad = grads | {"kernel": grads["kernel"].copy()}
     bad["kernel"][0, 0] = np.nan  # on one device only
     specs = jax.tree.map(lambda _: P(), state)
@@ -326,7 +328,7 @@ def test_skip_is_taken_by_all_devices_alike(mesh, grads):
         in_specs=(SPECS, specs),
         out_specs=(SPECS, specs),
     )
-    updates, new_state = jax.jit(update)(bad, state)
+    updates, new_state = jit(update)(bad, state)
     assert all(not np.any(x) for x in jax.tree.leaves(updates))
     assert int(new_state.skipped_count) == 1
     assert_close(new_state.inner_state, state.inner_state)
