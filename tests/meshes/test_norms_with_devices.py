@@ -3,16 +3,16 @@
 import jax
 import pytest
 from tools.compiling import QUICK
-from tools.norm_cases import CASES, assert_other_leaves_do_not_count
+from tools.norm_cases import CASES_ON_A_MESH, assert_other_leaves_do_not_count
 
 
 def test_there_are_several():
     assert jax.device_count() == 8
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES_ON_A_MESH)
 def test_equals_numpy(name):
-    CASES[name].check(QUICK)
+    CASES_ON_A_MESH[name].check(QUICK)
 
 
 def test_leaves_without_floating_point_elements_do_not_count():

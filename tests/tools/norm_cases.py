@@ -99,12 +99,12 @@ def unit_case(axes):
     return Case(tuple(Norm("unit", ord, unit_axes=axes) for ord in ORDS), (tree,))
 
 
-def alike(by):
+def alike(by, ordinary=30):
     """More leaves of one shape than a bundle holds; some overflow, vanish or are NaN."""
     rng = np.random.default_rng(5)
     least = 1e-25 if by == "leaf" else 1e-18  # units below 1e-19 may measure 0
     tree = []
-    for i, size in enumerate([1.0, 1e25, least, 0.0, np.nan, 1e-12] + [1.0] * 30):
+    for i, size in enumerate([1.0, 1e25, least, 0.0, np.nan, 1e-12] + [1.0] * ordinary):
         tree.append((size * rng.standard_normal((3, 4)).astype(np.float32)).astype(np.float32))
         if i % 4 == 1:
             tree.append(np.ones(2, np.float32))
@@ -137,6 +137,8 @@ CASES = {
     **{f"many in {dtype}": low_precision(dtype) for dtype in ("bfloat16", "float16")},
     **{f"{by}, one bad": with_bad_element(by) for by in ("global", "leaf", "unit", "group")},
 }
+# With several devices each leaf's units stay apart, however many leaves there are.
+CASES_ON_A_MESH = CASES | {"unit, many of one shape": alike("unit", ordinary=4)}
 
 
 def assert_other_leaves_do_not_count():
