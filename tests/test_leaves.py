@@ -7,38 +7,41 @@ from tools.oracles import assert_same_bits
 
 from optaxclip._leaves import Leaves
 
-TREE = {
-    "a": [jnp.array([1.0, 2.0]), None],
-    "b": {"ids": jnp.array([3]), "w": jnp.ones((2, 2), jnp.bfloat16)},
-    "c": jnp.zeros((0, 4)),
-    "d": np.zeros((2,), jax.dtypes.float0),
-    "e": optax.MaskedNode(),
-    "f": jnp.array(1j),
-    "g": jnp.array(True),
-    "h": jax.random.key(0),
-}
+
+@pytest.fixture(scope="module")
+def tree():
+    return {
+        "a": [jnp.array([1.0, 2.0]), None],
+        "b": {"ids": jnp.array([3]), "w": jnp.ones((2, 2), jnp.bfloat16)},
+        "c": jnp.zeros((0, 4)),
+        "d": np.zeros((2,), jax.dtypes.float0),
+        "e": optax.MaskedNode(),
+        "f": jnp.array(1j),
+        "g": jnp.array(True),
+        "h": jax.random.key(0),
+    }
 
 
-def test_counts_floating_point_leaves_by_path():
-    leaves = Leaves.of(TREE)
+def test_counts_floating_point_leaves_by_path(tree):
+    leaves = Leaves.of(tree)
     assert leaves.paths == ["a/0", "b/w", "f"]
     assert [x.dtype for x in leaves.arrays] == [jnp.float32, jnp.bfloat16, jnp.complex64]
 
 
-def test_replace_leaves_the_others_in_place():
-    leaves = Leaves.of(TREE)
+def test_replace_leaves_the_others_in_place(tree):
+    leaves = Leaves.of(tree)
     replaced = leaves.replace([x * 2 for x in leaves.arrays])
-    assert jax.tree.structure(replaced) == jax.tree.structure(TREE)
+    assert jax.tree.structure(replaced) == jax.tree.structure(tree)
     np.testing.assert_array_equal(replaced["a"][0], [2.0, 4.0])
     for at in ("c", "d", "g", "h"):
-        assert replaced[at] is TREE[at]
-    assert replaced["b"]["ids"] is TREE["b"]["ids"]
-    assert_same_bits(leaves.replace(leaves.arrays)["a"], TREE["a"])
+        assert replaced[at] is tree[at]
+    assert replaced["b"]["ids"] is tree["b"]["ids"]
+    assert_same_bits(leaves.replace(leaves.arrays)["a"], tree["a"])
 
 
-def test_exclude_sees_path_and_leaf():
+def test_exclude_sees_path_and_leaf(tree):
     seen = []
-    leaves = Leaves.of(TREE, lambda path, leaf: seen.append((path, leaf.shape)) or path == "f")
+    leaves = Leaves.of(tree, lambda path, leaf: seen.append((path, leaf.shape)) or path == "f")
     assert leaves.paths == ["a/0", "b/w"]
     assert seen == [("a/0", (2,)), ("b/w", (2, 2)), ("f", ())]
 
@@ -65,8 +68,8 @@ def test_a_leaf_that_is_no_array(leaf):
     ],
     ids=["one", "by child"],
 )  # fmt: skip
-def test_prefix_reaches_the_counted_leaves(prefix, expected):
-    assert Leaves.of(TREE).from_prefix(prefix, "labels") == expected
+def test_prefix_reaches_the_counted_leaves(tree, prefix, expected):
+    assert Leaves.of(tree).from_prefix(prefix, "labels") == expected
 
 
 @pytest.mark.parametrize(

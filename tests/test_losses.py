@@ -21,53 +21,55 @@ def test_equals_the_formula(tau):
     rng = np.random.default_rng(0)
     logits, labels = 3 * rng.standard_normal((50, 4)), rng.integers(0, 4, 50)
     expected = np.array([oracle(x, y, tau) for x, y in zip(logits, labels, strict=True)])
-    found = jax.jit(phuber_cross_entropy)(jnp.asarray(logits), labels, tau)
+    found = jax.jit(phuber_cross_entropy)(logits, labels, tau)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
-    reshaped = phuber_cross_entropy(
-        jnp.asarray(logits.reshape(5, 10, 4)), labels.reshape(5, 10), tau
-    )
+    reshaped = phuber_cross_entropy(logits.reshape(5, 10, 4), labels.reshape(5, 10), tau)
     np.testing.assert_allclose(reshaped, expected.reshape(5, 10), rtol=2e-5)
 
 
 def test_value_and_slope_are_continuous_and_the_slope_is_bounded():
-    z = jnp.linspace(-8, 8, 20_001)
+    z = np.linspace(-8, 8, 20_001, dtype=np.float32)
     loss = lambda z: phuber_cross_entropy(jnp.stack([z, 0.0 * z]), jnp.array(0), 3.0)
-    value, slope = jax.vmap(jax.value_and_grad(loss))(z)
+    value, slope = map(np.asarray, jax.jit(jax.vmap(jax.value_and_grad(loss)))(z))
     assert np.max(np.abs(np.diff(value))) < 1e-3
     assert np.max(np.abs(np.diff(slope))) < 1e-3
-    p = jax.nn.sigmoid(z)
+    p = 1 / (1 + np.exp(-z.astype(float)))
     by_p = np.abs(slope / (p * (1 - p)))[(p > 1e-3) & (p < 0.999)]
     assert 2.999 < np.max(by_p) < 3.001
 
 
 def test_extreme_logits_have_finite_values_and_slopes():
-    logits = jnp.array([[0.0, 1e30], [0.0, -1e30], [-jnp.inf, 0.0]])
-    value, slope = jax.vmap(jax.value_and_grad(phuber_cross_entropy))(
-        logits, jnp.zeros(3, jnp.int32)
-    )
+    logits = np.float32([[0.0, 1e30], [0.0, -1e30], [-np.inf, 0.0]])
+    value_and_slope = jax.jit(jax.vmap(jax.value_and_grad(phuber_cross_entropy)))
+    value, slope = value_and_slope(logits, np.zeros(3, np.int32))
     np.testing.assert_allclose(value, [np.log(2) + 1, 0, np.log(2) + 1], atol=1e-6)
     assert np.all(np.isfinite(slope))
 
 
 def test_an_infinite_tau_is_cross_entropy():
-    logits = jnp.array([[0.0, 50.0], [3.0, 1.0], [-jnp.inf, 0.0]])
-    labels = jnp.array([0, 1, 1])
+    logits = np.float32([[0.0, 50.0], [3.0, 1.0], [-np.inf, 0.0]])
+    labels = np.array([0, 1, 1])
+
+    def ours(logits, tau):
+        return jnp.sum(phuber_cross_entropy(logits, labels, tau))
 
     def cross_entropy(logits):
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
-    expected = jax.value_and_grad(cross_entropy)(logits)
-    for tau in (np.inf, jnp.array(jnp.inf)):
-        value, slope = jax.value_and_grad(
-            lambda x, tau=tau: jnp.sum(phuber_cross_entropy(x, labels, tau))
-        )(logits)
+    @jax.jit
+    def values_and_slopes(logits, traced):
+        found = [jax.value_and_grad(ours)(logits, tau) for tau in (np.inf, traced)]
+        return found, jax.value_and_grad(cross_entropy)(logits)
+
+    found, expected = values_and_slopes(logits, np.inf)
+    for value, slope in found:
         np.testing.assert_allclose(value, expected[0])
         np.testing.assert_allclose(slope, expected[1], atol=1e-7)
 
 
 def test_labels_out_of_range_are_as_the_docstring_says():
-    logits = jnp.array([[1.0, 2.0, 3.0]] * 3)
-    above, below, last = phuber_cross_entropy(logits, jnp.array([3, -1, 2]))
+    logits = np.float32([[1.0, 2.0, 3.0]] * 3)
+    above, below, last = jax.jit(phuber_cross_entropy)(logits, np.array([3, -1, 2]))
     assert np.isnan(above)
     assert below == last
 
@@ -84,13 +86,18 @@ def test_clipping_logistic_gradients_is_the_gradient_of_the_huberised_loss(tau):
     """For a linear model and inputs of norm 1."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((40, 5))
-    x = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
-    y, w = jnp.asarray(rng.choice([-1.0, 1.0], 40)), jnp.asarray(2 * rng.standard_normal(5))
+    x = np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
+    y, w = np.float32(rng.choice([-1.0, 1.0], 40)), np.float32(2 * rng.standard_normal(5))
     logistic = lambda w, e: jax.nn.softplus(-e[1] * (e[0] @ w))
     tx = optaxclip.clip_per_example(tau)
-    grads = optaxclip.per_example_grad(logistic)(w, (x, y))
-    clipped, state = tx.update(grads, tx.init(w))
-    expected = jax.grad(lambda w: jnp.mean(huberised(y * (x @ w), tau)))(w)
+
+    @jax.jit
+    def both(w):
+        grads = optaxclip.per_example_grad(logistic)(w, (x, y))
+        expected = jax.grad(lambda w: jnp.mean(huberised(y * (x @ w), tau)))(w)
+        return tx.update(grads, tx.init(w)), expected
+
+    (clipped, state), expected = both(w)
     np.testing.assert_allclose(clipped, expected, rtol=1e-5, atol=1e-7)
     assert 0 < state.stats.examples.clipped_fraction < 1
 
@@ -106,7 +113,7 @@ def long_servedio(rng, number, noise):
     return x.astype(np.float32), (flipped * label).astype(np.float32), label
 
 
-def accuracy(loss, trials=60, steps=2000):
+def accuracy(loss, trials=60, steps=500):
     """Of linear models fitted to noisy samples, on clean ones: mean over trials, in percent."""
     rng = np.random.default_rng(0)
     train = [long_servedio(rng, 1000, 0.2) for _ in range(trials)]
@@ -132,7 +139,6 @@ def phuber(margin):
     return phuber_cross_entropy(logits, jnp.zeros(margin.shape, jnp.int32), 2.0)
 
 
-@pytest.mark.slow
 def test_long_servedio():
     """Published: logistic 52.8 %, Huberised 50.5 %, PHuber 100 %; a standard error is 0.8 %."""
     assert accuracy(lambda m: jax.nn.softplus(-m)) == pytest.approx(52.8, abs=2.5)
@@ -143,10 +149,10 @@ def test_long_servedio():
 @pytest.mark.parametrize(
     ("logits", "labels", "tau", "error", "message"),
     [
-        (jnp.ones((2, 3)), jnp.ones(2, int), 1.0, ValueError, "tau must be > 1, got 1.0"),
-        (jnp.ones((2, 3)), jnp.ones(3, int), 2.0, ValueError, r"got shapes \(2, 3\) and \(3,\)"),
-        (jnp.ones(()), jnp.ones((), int), 2.0, ValueError, r"got shapes \(\) and \(\)"),
-        (jnp.ones((2, 3)), jnp.ones(2), 2.0, TypeError, "labels must be integers, got dtype"),
+        (np.ones((2, 3)), np.ones(2, int), 1.0, ValueError, "tau must be > 1, got 1.0"),
+        (np.ones((2, 3)), np.ones(3, int), 2.0, ValueError, r"got shapes \(2, 3\) and \(3,\)"),
+        (np.ones(()), np.ones((), int), 2.0, ValueError, r"got shapes \(\) and \(\)"),
+        (np.ones((2, 3)), np.ones(2), 2.0, TypeError, "labels must be integers, got dtype"),
     ],
 )
 def test_arguments_are_checked(logits, labels, tau, error, message):

@@ -1,176 +1,107 @@
+"""Norms with one device; `meshes/test_norms_with_devices.py` measures the same with eight."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from tools.norm_cases import (
+    CASES,
+    INF,
+    LABELS,
+    ORDS,
+    assert_other_leaves_do_not_count,
+    by_slot,
+    joined,
+    measure,
+    mixed,
+    names,
+)
 from tools.oracles import norm as exact
 from tools.oracles import unit_norms
 
 from optaxclip import Norm
 
-INF = float("inf")
-ORDS = [1, 2, 3, 1.5, 7, INF, "rms"]
+
+def measure_one(tree, by="global", ord=2, **kw):
+    """The norms of a tree, in a program of their own."""
+    ((norms,),) = measure([Norm(by, ord, **kw)], tree)
+    return norms
 
 
-def measure(tree, by="global", ord=2, *, jit=False, **kw):
-    """The norms, in the order of the layout's names, and the names."""
-    of = {"unit_axes": "unit", "labels": "group"}
-    norm = Norm(by, ord, **{k: v for k, v in kw.items() if of.get(k, by) == by})
-    layout = norm.layout(norm.leaves(tree))
-
-    def run(tree):
-        leaves = norm.leaves(tree)
-        layout = norm.layout(leaves)
-        return [jnp.ravel(n) for n in layout.by_slot(norm.measure(leaves, layout))]
-
-    norms = (jax.jit(run) if jit else run)(tree)
-    return np.concatenate([np.asarray(n) for n in norms] or [np.zeros(0)]), layout.names
+@pytest.mark.parametrize("name", CASES)
+def test_equals_numpy(name):
+    CASES[name].check()
 
 
-@pytest.fixture(scope="module")
-def tree():
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    return {
-        "a": jnp.asarray(draw(3, 4)),
-        "b": {"x": jnp.asarray(draw(5)), "y": jnp.asarray(draw(3, 4)), "z": jnp.asarray(draw())},
-        "c": jnp.asarray(draw(2, 3) + 1j * draw(2, 3)),
-        "h": jnp.asarray(draw(3, 4), jnp.bfloat16),
-    }
+@pytest.mark.parametrize("by", ["global", "leaf"])
+def test_outside_jit(by):
+    """What is compiled as one program elsewhere gives the same one operation at a time."""
+    tree = {"a": np.float32([[1, 2], [3, 4]]), "b": np.float32([[5, 6], [7, 8]])}
+    for ord in (2, INF):
+        norm = Norm(by, ord)
+        np.testing.assert_allclose(
+            joined(by_slot(norm, tree)), measure_one(tree, by, ord), rtol=1e-7, err_msg=str(ord)
+        )
 
 
-@pytest.mark.parametrize("ord", ORDS)
-def test_global(tree, ord, devices):
-    norms, names = measure(tree, ord=ord)
-    assert names == ("global",)
-    np.testing.assert_allclose(norms, [exact(jax.tree.leaves(tree), ord)], rtol=1e-6)
+def test_names():
+    tree = mixed()
+    assert names(Norm("global"), tree) == ("global",)
+    assert names(Norm("leaf"), tree) == ("a", "b/x", "b/y", "b/z", "c", "h")
+    assert names(Norm("group", labels=LABELS), tree) == ("p", "q")
+    units = Norm("unit", unit_axes=0)
+    assert names(units, {"w": np.ones((2, 3))}) == ("w[0,0]", "w[0,1]", "w[0,2]")
 
 
-@pytest.mark.parametrize("ord", ORDS)
-def test_leaf(tree, ord, devices):
-    norms, names = measure(tree, "leaf", ord)
-    assert names == ("a", "b/x", "b/y", "b/z", "c", "h")
-    np.testing.assert_allclose(norms, [exact([x], ord) for x in jax.tree.leaves(tree)], rtol=1e-6)
+AUTOMATIC = {
+    (): (),
+    (5,): (0,),
+    (1, 5): (0, 1),
+    (5, 1, 1): (0, 1, 2),
+    (1, 1): (0, 1),
+    (4, 3): (0,),
+    (4, 3, 2): (0,),
+    (2, 2, 3, 4): (0, 1, 2),
+    (2, 2, 2, 3, 4): (0, 1, 2, 3),
+}
 
 
-@pytest.mark.parametrize("ord", ORDS)
-def test_group(tree, ord, devices):
-    norms, names = measure(tree, "group", ord, labels={"a": "p", "b": "q", "c": "p", "h": "q"})
-    assert names == ("p", "q")
-    p, q = [tree["a"], tree["c"]], [*tree["b"].values(), tree["h"]]
-    np.testing.assert_allclose(norms, [exact(p, ord), exact(q, ord)], rtol=1e-6)
+def test_automatic_units_go_by_rank():
+    rng = np.random.default_rng(2)
+    tree = [np.asarray(rng.standard_normal(shape), np.float32) for shape in AUTOMATIC]
+    norm = Norm("unit")
+    assert norm.layout(norm.leaves(tree)).unit_axes == tuple(AUTOMATIC.values())
+    expected = [unit_norms(x, axes) for x, axes in zip(tree, AUTOMATIC.values(), strict=True)]
+    np.testing.assert_allclose(measure_one(tree, "unit"), np.concatenate(expected), rtol=1e-6)
 
 
-@pytest.mark.parametrize("ord", ORDS)
-@pytest.mark.parametrize(
-    "axes", [0, 1, -1, (0, 2), (2, 1), (0, 1, 2), ()], ids=lambda a: str(a).replace(" ", "")
-)
-def test_unit(ord, axes):
-    x = np.random.default_rng(1).standard_normal((3, 4, 2)).astype(np.float32)
-    norms, names = measure({"w": jnp.asarray(x)}, "unit", ord, unit_axes=axes)
-    spanned = {a % 3 for a in ((axes,) if isinstance(axes, int) else axes)}
-    np.testing.assert_allclose(norms, unit_norms(x, sorted(spanned), ord), rtol=1e-6)
-    assert len(names) == len(norms)
-    assert len(set(names)) == len(names)
+def test_elements_measure_the_largest_of_each_leaf():
+    largest = [exact([x], INF) for x in jax.tree.leaves(mixed())]
+    np.testing.assert_allclose(measure_one(mixed(), "element"), largest, rtol=1e-6)
 
 
-def test_unit_names_say_where():
-    _, names = measure({"w": jnp.ones((2, 3))}, "unit", unit_axes=0)
-    assert names == ("w[0,0]", "w[0,1]", "w[0,2]")
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes"),
-    [
-        ((), ()),
-        ((5,), (0,)),
-        ((1, 5), (0, 1)),
-        ((5, 1, 1), (0, 1, 2)),
-        ((1, 1), (0, 1)),
-        ((4, 3), (0,)),
-        ((4, 3, 2), (0,)),
-        ((2, 2, 3, 4), (0, 1, 2)),
-        ((2, 2, 2, 3, 4), (0, 1, 2, 3)),
-    ],
-    ids=str,
-)
-def test_automatic_units_go_by_rank(shape, axes):
-    x = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
-    norms, _ = measure([jnp.asarray(x)], "unit")
-    np.testing.assert_allclose(norms, unit_norms(x, axes), rtol=1e-6)
-
-
-@pytest.mark.parametrize("ord", [1, 2, 3, INF, "rms"])
-@pytest.mark.parametrize("by", ["leaf", "unit"])
-def test_leaves_of_one_shape_do_not_disturb_one_another(by, ord, devices):
-    """More than one bundle of them, in between others; some overflow, vanish or are NaN."""
-    rng = np.random.default_rng(5)
-    least = 1e-25 if by == "leaf" else 1e-18  # units below 1e-19 may measure 0
-    sizes = [1.0, 1e25, least, 0.0, np.nan, 1e-12] + [1.0] * 30
-    draw = (size * rng.standard_normal((3, 4)).astype(np.float32) for size in sizes)
-    tree = [leaf for x in draw for leaf in (x.astype(np.float32), np.ones(2, np.float32))]
-    norms, names = measure(jax.tree.map(jnp.asarray, tree), by, ord, unit_axes=-1, jit=True)
-    expected = [
-        unit_norms(x, (x.ndim - 1,) if by == "unit" else (0, 1)[: x.ndim], ord) for x in tree
-    ]
-    np.testing.assert_allclose(norms, np.concatenate(expected), rtol=1e-6)
-    assert len(names) == len(norms)
-
-
-def test_elements_measure_the_largest_of_each_leaf(tree):
-    norms, _ = measure(tree, "element")
-    largest = [exact([x], INF) for x in jax.tree.leaves(tree)]
-    np.testing.assert_allclose(norms, largest, rtol=1e-6)
-
-
-def test_excluded_leaves_do_not_count(tree):
-    norms, _ = measure(tree, exclude=lambda path, leaf: path.startswith("b/") or leaf.ndim == 0)
+def test_excluded_leaves_do_not_count():
+    tree = mixed()
+    norms = measure_one(tree, exclude=lambda path, leaf: path.startswith("b/") or leaf.ndim == 0)
     np.testing.assert_allclose(norms, [exact([tree["a"], tree["c"], tree["h"]])], rtol=1e-6)
 
 
-def test_leaves_without_floating_point_elements_do_not_count(tree, devices):
-    odd = {
-        **tree,
-        "empty": jnp.zeros((0, 3)),
-        "float0": np.zeros((2,), jax.dtypes.float0),
-        "ids": jnp.array([1000]),
-        "key": jax.random.key(0),
-        "masked": optax.MaskedNode(),
-        "none": None,
-    }
-    for ord in (1, 2, INF, "rms", 3):
-        assert measure(odd, ord=ord)[0] == measure(tree, ord=ord)[0]
+def test_leaves_without_floating_point_elements_do_not_count():
+    assert_other_leaves_do_not_count()
 
 
-@pytest.mark.parametrize("ord", ORDS)
-@pytest.mark.parametrize("empty", [{}, {"n": jnp.arange(3)}, {"e": jnp.zeros((0,))}])
-def test_a_tree_without_leaves_has_norm_zero(ord, empty):
-    assert measure(empty, ord=ord)[0].tolist() == [0.0]
-    assert measure(empty, "leaf", ord)[0].tolist() == []
-
-
-# --- low precision ---
-
-
-@pytest.mark.parametrize("ord", [1, 2, 3, "rms"])
-@pytest.mark.parametrize(("dtype", "leaves"), [("bfloat16", 1000), ("float16", 60)])
-def test_many_low_precision_leaves_are_added_in_float32(dtype, leaves, ord, devices):
-    """Added in bfloat16, such a sum stops growing."""
-    if leaves == 1000 and ord != 2:
-        leaves = 60
-    rng = np.random.default_rng(3)
-    tree = [jnp.asarray(rng.uniform(1, 2.2, ()), dtype) for _ in range(leaves)]
-    assert measure(tree, ord=ord, jit=True)[0] == pytest.approx([exact(tree, ord)], rel=1e-5)
+@pytest.mark.parametrize("empty", [{}, {"n": np.arange(3)}, {"e": np.zeros((0,))}])
+def test_a_tree_without_leaves_has_norm_zero(empty):
+    norms = [Norm(by, ord) for ord in ORDS for by in ("global", "leaf")]
+    assert [x.tolist() for x in measure(norms, empty)[0]] == [[0.0], []] * len(ORDS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_long_leaves_are_added_precisely(dtype):
-    x = jnp.asarray(np.random.default_rng(4).uniform(0.5, 1.5, 2**20), dtype)
-    for ord in (1, 2, "rms", 3):
-        assert measure([x], ord=ord, jit=True)[0] == pytest.approx([exact([x], ord)], rel=2e-6)
+    x = np.random.default_rng(4).uniform(0.5, 1.5, 2**20).astype(dtype)
+    ords = (1, 2, "rms", 3)
+    for ord, norm in zip(ords, *measure([Norm("global", ord) for ord in ords], [x]), strict=True):
+        assert norm == pytest.approx([exact([x], ord)], rel=2e-6), ord
 
 
 # --- range ---
@@ -194,86 +125,81 @@ EXTREME = {
 }
 
 
-@pytest.mark.parametrize("values", EXTREME)
-@pytest.mark.parametrize("ord", ORDS)
 @pytest.mark.parametrize("by", ["global", "leaf", "unit"])
-def test_extreme_values(values, ord, by):
-    numbers, dtype = EXTREME[values]
+@pytest.mark.parametrize("dtype", sorted({dtype for _, dtype in EXTREME.values()}))
+def test_extreme_values(dtype, by):
+    cases = {k: numbers for k, (numbers, of) in EXTREME.items() if of == dtype}
+    trees = [[np.array(x + [0.0] * (3 - len(x))).astype(dtype)] for x in cases.values()]
+    largest = np.finfo(np.float64 if dtype == "float64" else np.float32).max
+    axes = {"unit_axes": (0,)} if by == "unit" else {}
     with jax.enable_x64(dtype == "float64"):
-        tree = {"w": jnp.asarray(np.array(numbers), dtype)}
-        true = exact([tree["w"]], ord)
-        if true > np.finfo(np.float64 if dtype == "float64" else np.float32).max:
-            pytest.skip("the norm itself is out of range: see the test below")
-        norms, _ = measure(tree, by, ord, unit_axes=(0,))
-        np.testing.assert_allclose(norms, [true], rtol=2e-6)
+        found = measure([Norm(by, ord, **axes) for ord in ORDS], *trees)
+    for name, tree, norms in zip(cases, trees, found, strict=True):
+        for ord, norm in zip(ORDS, norms, strict=True):
+            expected = min(exact(tree, ord), largest)  # beyond it, see the test below
+            np.testing.assert_allclose(norm, [expected], rtol=2e-6, err_msg=f"{name}, {ord}")
 
 
-@pytest.mark.parametrize("ord", [1, 2, 3, INF])
 @pytest.mark.parametrize("value", [3e38, 3e38 + 3e38j], ids=["real", "complex"])
-def test_norms_beyond_the_largest_float_are_finite(ord, value):
-    norms, _ = measure([jnp.full(4, value)], ord=ord)
-    assert np.isfinite(norms).all()
-    assert norms[0] >= 2.9e38
-
-
-@pytest.mark.parametrize("ord", ORDS)
-@pytest.mark.parametrize("by", ["global", "leaf", "unit", "group"])
-@pytest.mark.parametrize(("bad", "check"), [(np.nan, np.isnan), (np.inf, np.isposinf)])
-def test_a_norm_is_finite_exactly_when_its_elements_are(ord, by, bad, check):
-    tree = {"w": jnp.array([[1.0, 2.0], [3.0, bad]]), "v": jnp.array([[1.0, 2.0]])}
-    norms, names = measure(tree, by, ord, unit_axes=1, labels={"w": "p", "v": "q"})
-    hit = {"global": [True], "leaf": [False, True], "unit": [False, False, True]}
-    hit["group"] = [True, False]
-    assert len(names) == len(norms)
-    assert check(norms).tolist() == hit[by]
+def test_norms_beyond_the_largest_float_are_finite(value):
+    tree = [np.full(4, value, np.complex64 if isinstance(value, complex) else np.float32)]
+    for ord, norm in zip(
+        (1, 2, 3, INF), *measure([Norm("global", ord) for ord in (1, 2, 3, INF)], tree), strict=True
+    ):
+        assert np.isfinite(norm).all(), ord
+        assert norm[0] >= 2.9e38, ord
 
 
 def test_nan_wins_over_infinity():
-    for ord in ORDS:
-        assert np.isnan(measure([jnp.array([np.inf, np.nan])], ord=ord)[0]).all()
+    (norms,) = measure([Norm("global", ord) for ord in ORDS], [np.float32([np.inf, np.nan])])
+    assert np.isnan(np.concatenate(norms)).tolist() == [True] * len(ORDS)
 
 
-@pytest.mark.parametrize("ord", ORDS)
-def test_units_of_different_ranges_do_not_disturb_each_other(ord):
+def test_units_of_different_ranges_do_not_disturb_each_other():
     x = np.array([[1e-15, 2e-15], [1.0, 2.0], [1e20, 2e20], [0.0, 0.0]], np.float32)
-    norms, _ = measure([jnp.asarray(x)], "unit", ord, unit_axes=1)
-    np.testing.assert_allclose(norms, unit_norms(x, [1], ord), rtol=2e-6)
+    (found,) = measure([Norm("unit", ord, unit_axes=1) for ord in ORDS], [x])
+    for ord, norms in zip(ORDS, found, strict=True):
+        np.testing.assert_allclose(norms, unit_norms(x, [1], ord), rtol=2e-6, err_msg=str(ord))
 
 
-@pytest.mark.parametrize("ord", ORDS)
+# --- derivatives ---
+
+
+@jax.jit
+def gradients(x):
+    """Of the global norm of each order."""
+    norms = [Norm("global", ord) for ord in ORDS]
+    return [jax.grad(lambda x, norm=norm: by_slot(norm, [x])[0])(x) for norm in norms]
+
+
 @pytest.mark.parametrize(
     "values", [[3.0, -4.0, 0.0], [3e25, 4e25, 0.0], [3e-25, 4e-25, 0.0]], ids=str
 )
-def test_derivative_is_that_of_the_formula(ord, values):
+def test_derivative_is_that_of_the_formula(values):
     x = np.array(values)
-    gradient = jax.grad(lambda x: measure_one(x, ord))(jnp.asarray(x, jnp.float32))
-    p = {"rms": 2}.get(ord, ord)
-    if p == INF:
-        expected = np.sign(x) * (np.abs(x) == np.abs(x).max())
-    else:
-        expected = np.sign(x) * (np.abs(x) / exact([x], p)) ** (p - 1)
-        expected /= np.sqrt(x.size) if ord == "rms" else 1
-        expected = np.where(x == 0, 0.0, expected)
-    at_kink = (x == 0) & (ord == 1)  # any slope within [-1, 1] will do
-    np.testing.assert_allclose(np.where(at_kink, 0, gradient), expected, rtol=1e-5)
-    assert (np.abs(gradient) <= 1 + 1e-5).all()
+    for ord, gradient in zip(ORDS, map(np.asarray, gradients(np.float32(x))), strict=True):
+        p = {"rms": 2}.get(ord, ord)
+        if p == INF:
+            expected = np.sign(x) * (np.abs(x) == np.abs(x).max())
+        else:
+            expected = np.sign(x) * (np.abs(x) / exact([x], p)) ** (p - 1)
+            expected /= np.sqrt(x.size) if ord == "rms" else 1
+            expected = np.where(x == 0, 0.0, expected)
+        at_kink = (x == 0) & (ord == 1)  # any slope within [-1, 1] will do
+        found = np.where(at_kink, 0, gradient)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(ord))
+        assert (np.abs(gradient) <= 1 + 1e-5).all(), ord
 
 
-@pytest.mark.parametrize("ord", ORDS)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_derivative_at_zero_is_finite(ord, dtype):
-    assert jnp.isfinite(jax.grad(lambda x: measure_one(x, ord))(jnp.zeros(3, dtype))).all()
-
-
-def measure_one(x, ord):
-    norm = Norm("global", ord)
-    leaves = norm.leaves([x])
-    return sum(jnp.sum(n) for n in jax.tree.leaves(norm.measure(leaves, norm.layout(leaves))))
+def test_derivative_at_zero_is_finite(dtype):
+    for ord, gradient in zip(ORDS, gradients(np.zeros(3, dtype)), strict=True):
+        assert np.isfinite(gradient).all(), ord
 
 
 def test_a_leaf_for_which_axis_name_gives_none_is_whole():
-    tree = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
-    norms, _ = measure(tree, axis_name=lambda path, leaf: None if path == "a" else ())
+    tree = {"a": np.float32([3.0]), "b": np.float32([4.0])}
+    norms = measure_one(tree, axis_name=lambda path, leaf: None if path == "a" else ())
     assert norms.tolist() == [5.0]
 
 
@@ -288,7 +214,7 @@ def test_unknown_ord(ord):
 
 def test_traced_ord():
     with pytest.raises(TypeError, match=r"ord must be static.*static_args=\('ord',\)"):
-        jax.jit(lambda p: measure([jnp.ones(2)], ord=p)[0])(3.0)
+        jax.jit(lambda p: by_slot(Norm("global", p), [jnp.ones(2)]))(3.0)
 
 
 def test_unknown_grouping():
@@ -320,30 +246,30 @@ def test_labels_of_another_norm(by):
 )
 def test_unit_axes_that_the_leaf_lacks(axes):
     with pytest.raises((ValueError, TypeError), match=r"unit_axes .*got .* at layer/w\. .*Use"):
-        measure({"layer": {"w": jnp.ones((2, 3))}}, "unit", unit_axes=axes)
+        measure_one({"layer": {"w": np.ones((2, 3))}}, "unit", unit_axes=axes)
 
 
 def test_automatic_units_stop_at_rank_five():
     with pytest.raises(ValueError, match=r"at layer/w\. Pass a function \(path, leaf\) -> axes"):
-        measure({"layer": {"w": jnp.ones((2,) * 6)}}, "unit")
+        measure_one({"layer": {"w": np.ones((2,) * 6)}}, "unit")
     with pytest.raises(ValueError, match=r"at the root\. Pass a function"):
-        measure(jnp.ones((2,) * 6), "unit")
+        measure_one(np.ones((2,) * 6), "unit")
 
 
 def test_numpy_integers_are_axes():
     x = np.arange(6.0).reshape(2, 3)
-    norms, _ = measure([jnp.asarray(x)], "unit", unit_axes=np.int64(1))
+    norms = measure_one([np.float32(x)], "unit", unit_axes=np.int64(1))
     np.testing.assert_allclose(norms, unit_norms(x, [1]), rtol=1e-6)
 
 
 def test_labels_must_be_strings_for_every_leaf():
     with pytest.raises(TypeError, match=r"labels must be strings, got 3 at b\. Give every"):
-        measure({"a": jnp.ones(2), "b": jnp.ones(2)}, "group", labels={"a": "p", "b": 3})
+        measure_one({"a": np.ones(2), "b": np.ones(2)}, "group", labels={"a": "p", "b": 3})
     with pytest.raises(TypeError, match=r"labels must be strings, got None at a\. Give every"):
-        measure({"a": jnp.ones(2)}, "group", labels=lambda path, leaf: None)
+        measure_one({"a": np.ones(2)}, "group", labels=lambda path, leaf: None)
     with pytest.raises(TypeError, match=r"labels must be strings, got None at the root\. Give"):
-        measure(jnp.ones(2), "group", labels=lambda path, leaf: None)
+        measure_one(np.ones(2), "group", labels=lambda path, leaf: None)
     with pytest.raises(
         ValueError, match=r"labels must be a tree prefix of the updates(.|\n)*key sets is\s+\S*b"
     ):
-        measure({"a": jnp.ones(2), "b": jnp.ones(2)}, "group", labels={"a": "p"})
+        measure_one({"a": np.ones(2), "b": np.ones(2)}, "group", labels={"a": "p"})
