@@ -54,17 +54,11 @@ def pytest_collectreport(report):
         pytest.exit(f"{report.nodeid} computes something when it is imported. Use a fixture.", 4)
 
 
-@pytest.fixture(scope="module")
-def device_count():
-    """How many devices the tests of a file see; `meshes/` has eight."""
-    return 1
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _backend(request, device_count):
+def _backend(request):
     optimized = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not optimized)
-    _see_devices(device_count)
+    _see_devices(8 if request.path.parent.name == "meshes" else 1)
     yield
     jax.config.update("jax_disable_most_optimizations", True)  # for doctests
     jax.clear_caches()
