@@ -53,6 +53,24 @@ def test_names():
     assert names(units, {"w": np.ones((2, 3))}) == ("w[0,0]", "w[0,1]", "w[0,2]")
 
 
+@jax.jit
+def by_vector(tree):
+    """The vector of leaves' norms, and the same norms by slot after a way there and back."""
+    norm = Norm("leaf")
+    leaves = norm.leaves(tree)
+    layout = norm.layout(leaves)
+    vector = layout.vector(norm.measure(leaves, layout))
+    return vector, layout.by_slot(layout.from_vector(vector, jnp.float32))
+
+
+def test_vectors_are_in_the_order_of_names():
+    """Leaves of one shape are measured together, and others lie between them."""
+    vector, back = by_vector(mixed())
+    expected = [exact([x]) for x in jax.tree.leaves(mixed())]
+    np.testing.assert_allclose(vector, expected, rtol=1e-6)
+    np.testing.assert_allclose(joined(back), expected, rtol=1e-6)
+
+
 AUTOMATIC = {
     (): (),
     (5,): (0,),

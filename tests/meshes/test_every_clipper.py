@@ -44,7 +44,7 @@ NAMES = [name for name in CLIPPERS if not name.startswith("singular")]
 # split the same leaves along one dimension or the other, which only units can tell apart.
 ROWS = ["value", "global", "leaf", "unit", "agc", "zclip-published-units", "spam"]
 COLUMNS = ["global-max", "leaf-rms", "group", "unit", "adagc", "adaclip"]
-OTHERS = ["soft-elements", "feedback", "skip-nonfinite", "skip-outliers"]
+OTHERS = ["soft-elements", "feedback", "skip-outliers"]
 UPDATED = {
     "fsdp 8x1": ROWS,
     "tensor parallel 1x8": COLUMNS,

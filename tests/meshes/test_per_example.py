@@ -1,17 +1,21 @@
 """Per-example clipping with the batch split over a mesh: one device's result, nothing gathered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tools.compiling import QUICK
 from tools.hlo import collectives
 
 import optaxclip
 from optaxclip.per_example import reweighted_grad
 
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.optimized  # for `test_jit`
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 WIDTH, BATCH = 32, 16
 REPLICATED = {"a": P(), "b": P(), "c": P()}
@@ -66,7 +70,7 @@ def reweighted(method, size):
 def oracle(params, batch):
     """The sum and the norms, by `vmap(grad)`."""
 
-    @jax.jit
+    @quick_jit
     def sum_and_norms(params, batch):
         grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
         squares = sum(jnp.sum(g.reshape(BATCH, -1) ** 2, axis=1) for g in grads.values())
@@ -116,8 +120,8 @@ def test_statistics_are_those_of_the_whole_batch(params, batch, mesh, by):
         grads = optaxclip.per_example_grad(loss)(params, batch)
         return tx.update(grads, tx.init(params), params)
 
-    updates, state = jax.jit(step)(*placed(mesh, FSDP, params, batch))
-    alone, alone_state = jax.jit(step)(jax.tree.map(np.float32, params), np.float32(batch))
+    updates, state = quick_jit(step)(*placed(mesh, FSDP, params, batch))
+    alone, alone_state = quick_jit(step)(jax.tree.map(np.float32, params), np.float32(batch))
     assert_near(updates, jax.tree.map(np.asarray, alone), tol=2e-6)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(alone_state), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
@@ -138,7 +142,7 @@ def test_inside_shard_map_each_device_has_its_own_examples(
     step = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
     )
-    assert_near(jax.jit(step)(params, batch), oracle[0])
+    assert_near(quick_jit(step)(params, batch), oracle[0])
 
 
 @pytest.mark.usefixtures("double")
@@ -154,7 +158,7 @@ def test_padding_in_micro_batches_inside_shard_map(params, batch, mesh, oracle, 
         sums, aux = grad(params, batch, is_padding_example=padding)
         return jax.lax.psum(sums, "data"), aux.values
 
-    spread = jax.jit(
+    spread = quick_jit(
         jax.shard_map(
             step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P("data")),
             check_vma=check_vma,
@@ -176,5 +180,5 @@ def test_clip_per_example_inside_shard_map(params, batch, mesh, oracle):
         return jax.lax.pmean(tx.update(grads, tx.init(params), params)[0], "data")
 
     step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    got = jax.jit(step)(params, batch)
+    got = quick_jit(step)(params, batch)
     assert_near({k: BATCH * np.asarray(x) for k, x in got.items()}, oracle[0])
