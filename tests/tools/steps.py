@@ -46,3 +46,20 @@ def through(tx, start, grads, params=None):
 
     state, updates = jax.lax.scan(step, start, grads)
     return updates, state
+
+
+def compiled(fun, *args):
+    """`fun(*args)` in one program, as NumPy: many small steps cost one compilation."""
+    return jax.device_get(jax.jit(fun)(*args))
+
+
+def first_steps(txs, grads, params=None):
+    """The first step of each transformation of a tree: all updates and states, one program."""
+    run = lambda grads, params: jax.tree.map(
+        lambda tx: tx.update(grads, tx.init(grads), params), txs, is_leaf=_is_transform
+    )
+    return compiled(run, grads, params)
+
+
+def _is_transform(x):
+    return isinstance(x, optax.GradientTransformation)
