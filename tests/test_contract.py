@@ -1,4 +1,10 @@
-"""What holds for every clipper, whatever it computes."""
+"""What holds for every clipper, whatever it computes.
+
+Each clipper costs three programs: all that is `tried` on it, a step in mixed precision, and one
+with a traced bound. What needs no numbers is only traced.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +23,61 @@ from tools.clippers import (
     with_odd_leaves,
 )
 from tools.oracles import assert_close, assert_same_bits
+from tools.steps import Steps, through
 
 import optaxclip
 
 every = pytest.mark.parametrize("name", CLIPPERS)
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return Steps()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return arrays(example_tree(seed=1))
+
+
+@pytest.fixture(scope="module")
+def tried(steps, params):
+    """By name, the results of everything that is tried on a clipper, in one program."""
+
+    @functools.cache
+    def of(name):
+        @jax.jit
+        def run(grads, params):
+            tx = steps[name]
+            return {**in_scan_and_vmap(tx, grads, params), **elsewhere(tx, first(grads), params)}
+
+        return arrays(run(gradients(), params))
+
+    return of
+
+
+def arrays(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def gradients():
+    """Rows of gradients: those of `STEPS` steps, one with zeros in the body, and zeros."""
+    trees = [arrays(example_tree(seed=10 + i)) for i in range(STEPS)]
+    zeros = jax.tree.map(np.zeros_like, trees[0])
+    return stack([*trees, {**trees[0], "body": zeros["body"]}, zeros])
+
+
+def stack(trees):
+    return jax.tree.map(lambda *xs: np.stack(xs), *trees)
+
+
+def row(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def first(tree):
+    return row(tree, 0)
 
 
 def types(tree):
@@ -28,13 +85,15 @@ def types(tree):
     return jax.tree.structure(tree), [jax.typeof(x) for x in jax.tree.leaves(tree)]
 
 
-def copy(tree):
-    return jax.tree.map(jnp.copy, tree)
+def assert_types_stay(tx, grads):
+    """What comes out of a step is of the types that went in. Returns nothing computed."""
+    state = jax.eval_shape(tx.init, grads)
+    updates, new_state = jax.eval_shape(tx.update, grads, state, grads)
+    assert types(updates) == types(grads)
+    assert types(new_state) == types(state)
 
 
-def stacked_grads(steps=3):
-    trees = [jax.tree.map(lambda x: x * 1.0, example_tree(seed=10 + i)) for i in range(steps)]
-    return trees, jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+# --- types ---
 
 
 @every
@@ -42,120 +101,22 @@ def stacked_grads(steps=3):
 def test_update_keeps_structure_shapes_and_dtypes(name, dtype):
     with jax.enable_x64(dtype in ("float64", "mixed")):
         grads = mixed_tree() if dtype == "mixed" else example_tree(dtype)
-        grads = with_odd_leaves(grads)
-        tx = make(name)
-        state = jax.eval_shape(tx.init, grads)
-        updates, new_state = jax.eval_shape(tx.update, grads, state, grads)
-        assert types(updates) == types(grads)
-        assert types(new_state) == types(state)
+        assert_types_stay(make(name), with_odd_leaves(grads))
 
 
 @every
-def test_every_leaf_is_bounded_and_others_are_untouched(name):
-    """Runs in mixed precision and checks values, where the test above checks types."""
-    with jax.enable_x64(True):
-        grads, params = with_odd_leaves(mixed_tree()), with_odd_leaves(mixed_tree(seed=1))
-        tx = make(name)
-        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-        assert_same_bits(
-            [updates["body"][k] for k in ("ids", "flag", "empty")],
-            [grads["body"][k] for k in ("ids", "flag", "empty")],
-        )
-
-        def pick(tree):
-            return tree["head"], tree["body"]["kernel"], tree["body"]["bias"]
-
-        single = make(name)  # the odd leaves change nothing about the others
-        plain_grads, plain_params = mixed_tree(), mixed_tree(seed=1)
-        plain, _ = jax.jit(single.update)(plain_grads, single.init(plain_params), plain_params)
-        assert_same_bits(pick(updates), pick(plain))
-        sizes = [float(np.abs(np.asarray(x)).max()) for x in jax.tree.leaves(pick(updates))]
-        assert np.isfinite(sizes).all()
-        before = [float(np.abs(np.asarray(x)).max()) for x in jax.tree.leaves(pick(grads))]
-        bound = name not in UNBOUNDED_AT_FIRST
-        assert (sizes != before) == bound, "this table is of bounds that bind"
+def test_strict_dtype_promotion(name):
+    with jax.numpy_dtype_promotion("strict"):
+        assert_types_stay(make(name), with_odd_leaves(mixed_tree()))
 
 
 @every
-def test_eager_jit_scan_and_vmap_agree_with_one_compilation(name):
-    tx, params = make(name), example_tree(seed=1)
-    trees, stacked = stacked_grads()
-    atol = 1e-6 * name.startswith("singular")  # small elements of products of matrices
-    traces = []
-
-    def step(*args):
-        traces.append(1)
-        return tx.update(*args)
-
-    # A state made outside jit is donated too: this fails if one buffer is in it twice.
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    start = tx.init(params)
-    updates, state = tx.update(trees[0], start, params)
-    states, outputs = [copy(start), copy(state)], [updates]
-    for grads in trees[1:]:
-        updates, state = compiled(copy(grads), state, params)
-        states.append(copy(state))
-        outputs.append(updates)
-    assert len(traces) == 1
-    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
-
-    def body(state, grads):
-        updates, state = tx.update(grads, state, params)
-        return state, updates
-
-    last, scanned = jax.jit(lambda s, g: jax.lax.scan(body, s, g))(states[0], stacked)
-    assert_close(scanned, expected, rtol=2e-6, atol=atol)
-    assert_close(last, states[-1], rtol=2e-6, atol=atol)
-
-    def batch(trees):
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
-
-    update = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, params)))
-    updates, new_states = update(stacked, batch(states[:-1]))
-    assert_close(updates, expected, rtol=2e-6, atol=atol)
-    assert_close(new_states, batch(states[1:]), rtol=2e-6, atol=atol)
-
-
-@every
-def test_chain_and_extra_args(name):
-    tx, grads, params = make(name), example_tree(), example_tree(seed=1)
-    alone, _ = tx.update(grads, tx.init(params), params)
-    chained = optax.chain(tx, optax.scale(-2.0))
-    updates, _ = chained.update(grads, chained.init(params), params, value=1.0, unknown=None)
-    assert_close(updates, jax.tree.map(lambda u: -2.0 * u, alone))
-
-
-def head_only(tree):
-    return {"body": jax.tree.map(lambda _: None, tree["body"]), "head": tree["head"]}
-
-
-@every
-@pytest.mark.parametrize("wrapper", ["masked", "partition", "freeze"])
-def test_leaves_elsewhere_do_not_count(name, wrapper):
-    """The head comes out as if the body, a million times larger, were not there."""
-    grads, params = example_tree(), example_tree(seed=1)
-    grads["body"] = jax.tree.map(lambda x: 1e6 * x, grads["body"])
-    alone = make(name)
-    expected, _ = alone.update(head_only(grads), alone.init(head_only(params)), head_only(params))
-    is_head = {"body": False, "head": True}
-    if wrapper == "masked":
-        tx = optax.masked(make(name), is_head)
-        body = grads["body"]
-    elif wrapper == "partition":
-        tx = optax.partition(
-            {"train": make(name), "frozen": optax.set_to_zero()},
-            {"body": "frozen", "head": "train"},
-        )
-        body = jax.tree.map(jnp.zeros_like, grads["body"])
-    else:
-        freeze = optax.transforms.freeze(jax.tree.map(lambda b: not b, is_head))
-        tx = optax.chain(freeze, make(name))
-        body = jax.tree.map(jnp.zeros_like, grads["body"])
-    updates, _ = tx.update(grads, tx.init(params), params)
-    if wrapper == "freeze" and name == "global-rms":
-        pytest.skip("a frozen leaf of zeros counts as elements of the mean")
-    assert_close(updates["head"], expected["head"], rtol=2e-6)
-    assert_same_bits(updates["body"], body)
+def test_a_fresh_state_can_be_donated_and_is_of_the_types_of_later_ones(name, params):
+    """One made outside jit: no buffer is in it twice, and no second compilation follows."""
+    state = make(name).init(params)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+    assert len(set(buffers)) == len(buffers)
+    assert types(state) == types(jax.eval_shape(make(name).init, params))
 
 
 @every
@@ -163,111 +124,220 @@ def test_multi_steps_keeps_types(name):
     grads = with_odd_leaves(mixed_tree())
     # MultiSteps itself fails on these.
     del grads["body"]["ids"], grads["body"]["flag"]
-    grads["head"]["bias"] = grads["head"]["bias"].real
-    tx = optax.MultiSteps(make(name), 2)
-    state = jax.eval_shape(tx.init, grads)
-    updates, new_state = jax.eval_shape(tx.update, grads, state, grads)
-    assert types(updates) == types(grads)
-    assert types(new_state) == types(state)
-
-
-@pytest.mark.parametrize("name", ONE_EACH)
-def test_inside_multi_steps_the_mean_is_clipped_outside_each_micro_batch(name):
-    _, stacked = stacked_grads(2)
-    params = example_tree(seed=1)
-
-    def run(tx, grads):
-        def body(state, g):
-            updates, state = tx.update(g, state, params)
-            return state, updates
-
-        return jax.jit(lambda s, g: jax.lax.scan(body, s, g)[1])(tx.init(params), grads)
-
-    def mean(tree):
-        return jax.tree.map(lambda x: x.mean(0), tree)
-
-    def last(tree):
-        return jax.tree.map(lambda x: x[-1], tree)
-
-    tx = make(name)
-    clipped_mean, _ = jax.jit(tx.update)(mean(stacked), tx.init(params), params)
-    inside = run(optax.MultiSteps(make(name), 2), stacked)
-    assert_close(last(inside), clipped_mean, rtol=2e-5, atol=1e-7)
-    wait = optax.MultiSteps(optax.identity(), 2).gradient_transformation()
-    outside = run(optax.chain(make(name), wait), stacked)
-    assert_close(last(outside), mean(run(make(name), stacked)), rtol=2e-5, atol=1e-7)
-
-
-@every
-def test_inject_hyperparams(name):
-    factory, bound, rest = CLIPPERS[name]
-    tx = optax.inject_hyperparams(factory, static_args=static_arguments(name))(bound, **rest)
-    grads, params = example_tree(), example_tree(seed=1)
-    plain = make(name)
-    expected, _ = plain.update(grads, plain.init(params), params)
-    state = tx.init(params)
-    updates, new_state = tx.update(grads, state, params)
-    assert_close(updates, expected, rtol=2e-6)
-    assert types(new_state) == types(state)
-    bound_name = next((k for k in state.hyperparams if k != "eps"), None)
-    if isinstance(bound, float) and not is_adaptive(name):
-        assert bound_name is not None, state.hyperparams
-        state.hyperparams[bound_name] = jnp.zeros_like(state.hyperparams[bound_name])
-        zeroed, _ = tx.update(grads, state, params)
-        clipped = [x for p, x in jax.tree.leaves_with_path(zeroed) if not is_excluded(name, p)]
-        assert all(bool((x == 0).all()) for x in clipped)
-
-
-def is_excluded(name, path):
-    return name == "agc-exclude" and "bias" in jax.tree_util.keystr(path)
+    grads["head"]["bias"] = np.asarray(grads["head"]["bias"]).real
+    assert_types_stay(optax.MultiSteps(make(name), 2), grads)
 
 
 @every
 def test_inject_hyperparams_in_bfloat16_keeps_dtypes(name):
-    factory, bound, rest = CLIPPERS[name]
-    tx = optax.inject_hyperparams(factory, static_args=static_arguments(name))(bound, **rest)
-    grads = example_tree(jnp.bfloat16)
-    state = jax.eval_shape(tx.init, grads)
-    updates, new_state = jax.eval_shape(tx.update, grads, state, grads)
-    assert types(updates) == types(grads)
-    assert types(new_state) == types(state)
+    assert_types_stay(injected(name), example_tree(jnp.bfloat16))
 
 
 @every
-def test_strict_dtype_promotion(name):
-    tx, grads = make(name), with_odd_leaves(mixed_tree())
-    with jax.numpy_dtype_promotion("strict"):
-        updates, _ = jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, grads), grads)
-    assert types(updates) == types(grads)
+def test_every_leaf_of_any_dtype_is_bounded_and_others_are_untouched(name):
+    def pick(tree):
+        return tree["head"], tree["body"]["kernel"], tree["body"]["bias"]
+
+    def largest(tree):
+        return [float(np.abs(np.asarray(x)).max()) for x in jax.tree.leaves(pick(tree))]
+
+    tx = make(name)
+    with jax.enable_x64(True):
+        grads, params = (arrays(with_odd_leaves(mixed_tree(seed))) for seed in range(2))
+        updates = arrays(jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params))
+    for k in ("ids", "flag", "empty"):
+        assert_same_bits(updates["body"][k], grads["body"][k])
+    sizes = largest(updates)
+    assert np.isfinite(sizes).all()
+    bound = name not in UNBOUNDED_AT_FIRST
+    assert (sizes != largest(grads)) == bound, "this table is of bounds that bind"
+
+
+# --- the same wherever it runs ---
+
+
+def assert_agree(name, found, expected):
+    """Singular values are exact to 1e-6 of the largest: they come of products of matrices."""
+    assert_close(found, expected, rtol=2e-6, atol=1e-6 * name.startswith("singular"))
+
+
+@pytest.mark.parametrize("name", [*ONE_EACH, "zclip", "adaclip"])
+def test_eager_steps_equal_jitted_ones_that_are_compiled_once(name):
+    """All leaves have one shape, so that few operations are compiled one by one."""
+    tx, traces = make(name), []
+    params = like_each_other(0)
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros_like(x)), params)
+
+    def step(*args):
+        traces.append(1)
+        return tx.update(*args)
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    state, donated = tx.init(params), tx.init(params)
+    with jax.debug_nans(True):
+        updates, _ = tx.update(zeros, state, params)
+    assert_same_bits(updates, zeros)
+    for seed in range(1, 1 + STEPS):
+        updates, state = tx.update(like_each_other(seed), state, params)
+        jitted_updates, donated = compiled(like_each_other(seed), donated, params)
+        assert_close(jitted_updates, updates, rtol=2e-6)
+        assert types(donated) == types(state)
+    assert_close(donated, state, rtol=2e-6)
+    assert len(traces) == 1
+
+
+def like_each_other(seed):
+    rng = np.random.default_rng(seed)
+    keys = {"body": {"bias": 0, "kernel": 0}, "head": {"bias": 0, "kernel": 0}}
+    return jax.tree.map(lambda _: jnp.asarray(np.float32(rng.standard_normal((2, 2)))), keys)
 
 
 @every
-def test_derivative_is_finite_at_zero_too(name):
-    tx, params = make(name), example_tree(seed=1)
-    state = tx.init(params)
+def test_scan_in_a_chain_and_vmap_agree(name, tried):
+    """`test_inject_hyperparams` compares the first step with one that is in neither."""
+    updates, states = tried(name)["vmap"]
+    assert_agree(name, tried(name)["scan"], (jax.tree.map(lambda u: -2 * u, updates), states))
+
+
+def in_scan_and_vmap(tx, grads, params):
+    """Scanned as part of a chain, with derivatives; and side by side from the same states."""
+    chain = optax.chain(tx, optax.scale(-2.0))
+    start = chain.init(params)
+
+    def step(state, row):
+        grads, fresh = row
+        state = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), start, state)
+
+        def total(grads):
+            updates, new_state = chain.update(grads, state, params, value=1.0, unknown=None)
+            return sum(jnp.sum(u) for u in jax.tree.leaves(updates)), (updates, new_state)
+
+        slopes, (updates, new_state) = jax.grad(total, has_aux=True)(grads)
+        return new_state, (slopes, updates, state[0], new_state[0])
+
+    fresh = np.arange(STEPS + 2) >= STEPS  # the rows with zeros are first steps
+    _, (slopes, updates, before, after) = jax.lax.scan(step, start, (grads, fresh))
+    side_by_side = jax.vmap(tx.update, (0, 0, None))(grads, before, params)
+    return {"scan": (updates, after), "slopes": slopes, "vmap": side_by_side}
+
+
+@every
+def test_derivative_is_finite_at_zero_too(name, tried):
+    for path, x in jax.tree.leaves_with_path(tried(name)["slopes"]):
+        assert np.isfinite(x).all(), jax.tree_util.keystr(path)
+
+
+@every
+def test_zero_gradient_stays_zero(name, tried):
+    updates, states = row(tried(name)["vmap"], -1)
+    assert_same_bits(updates, jax.tree.map(np.zeros_like, updates))
+    for path, x in jax.tree.leaves_with_path(states):
+        assert not np.isnan(x).any(), jax.tree_util.keystr(path)
+    for stats in optaxclip.clip_stats(states).values():
+        assert stats.nonfinite_count <= 0
+
+
+WRAPPERS = {
+    "masked": lambda tx: optax.masked(tx, {"body": False, "head": True}),
+    "partition": lambda tx: optax.partition(
+        {"train": tx, "frozen": optax.set_to_zero()}, {"body": "frozen", "head": "train"}
+    ),
+    "freeze": lambda tx: optax.chain(
+        optax.transforms.freeze({"body": {"bias": True, "kernel": True}, "head": False}), tx
+    ),
+}
+
+
+@every
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, "odd leaves"])
+def test_leaves_elsewhere_do_not_count(name, wrapper, tried):
+    """The head comes out as if the body, a million times larger, were not there."""
+    found, expected = tried(name)[wrapper], tried(name)["head alone"]
+    if wrapper == "freeze" and name == "global-rms":  # the body's 15 zeros count in the mean
+        expected = jax.tree.map(lambda x: x * np.sqrt(19 / 4), expected)
+    assert_close(found["head"], expected, rtol=2e-6)
+    if wrapper == "odd leaves":
+        assert_same_bits(found["body"], arrays(odd_leaves()))
+    elif wrapper == "masked":
+        assert_same_bits(found["body"], larger_body(first(gradients()))["body"])
+    else:
+        assert not any(map(np.any, jax.tree.leaves(found["body"])))
+
+
+def larger_body(tree):
+    return {**tree, "body": jax.tree.map(lambda x: 1e6 * x, tree["body"])}
+
+
+def odd_leaves():
+    return with_odd_leaves({"body": {}})["body"]
+
+
+def elsewhere(tx, grads, params):
+    """The updates of each wrapper and beside odd leaves, and what becomes of the head alone."""
+    found, grads = {}, larger_body(grads)
+    for wrapper, wrap in WRAPPERS.items():
+        wrapped = wrap(tx)
+        found[wrapper], _ = wrapped.update(grads, wrapped.init(params), params)
+    nothing = jax.tree.map(lambda _: None, grads["body"])
+    for what, body in {"head alone": nothing, "odd leaves": odd_leaves()}.items():
+        heads = {**params, "body": body}
+        found[what], _ = tx.update({**grads, "body": body}, tx.init(heads), heads)
+    return {**found, "head alone": found["head alone"]["head"]}
+
+
+# --- around other transformations ---
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_inside_multi_steps_the_mean_is_clipped_outside_each_micro_batch(name, steps, params):
+    tx = steps[name]
 
     @jax.jit
-    @jax.grad
-    def slope(grads):
-        updates, _ = tx.update(grads, state, params)
-        return sum(jnp.sum(u) for u in jax.tree.leaves(updates))
+    def run(grads):
+        mean = jax.tree.map(lambda x: x.mean(0), grads)
+        inside = optax.MultiSteps(tx, 2)
+        wait = optax.MultiSteps(optax.identity(), 2).gradient_transformation()
+        outside = optax.chain(tx, wait)
+        return {
+            "mean": tx.update(mean, tx.init(params), params)[0],
+            "inside": through(inside, inside.init(params), grads, params)[0],
+            "each": through(tx, tx.init(params), grads, params)[0],
+            "outside": through(outside, outside.init(params), grads, params)[0],
+        }
 
-    ordinary = example_tree()
-    some_zeros = {**ordinary, "body": jax.tree.map(jnp.zeros_like, ordinary["body"])}
-    zeros = jax.tree.map(jnp.zeros_like, ordinary)
-    for grads in (ordinary, some_zeros, zeros):
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(slope(grads)))
+    def last(tree):
+        return jax.tree.map(lambda x: x[-1], tree)
+
+    found = arrays(run(jax.tree.map(lambda x: x[:2], gradients())))
+    assert_close(last(found["inside"]), found["mean"], rtol=2e-5, atol=1e-7)
+    mean_of_clipped = jax.tree.map(lambda x: x.mean(0), found["each"])
+    assert_close(last(found["outside"]), mean_of_clipped, rtol=2e-5, atol=1e-7)
+
+
+def injected(name):
+    factory, bound, rest = CLIPPERS[name]
+    return optax.inject_hyperparams(factory, static_args=static_arguments(name))(bound, **rest)
 
 
 @every
-def test_zero_gradient_stays_zero(name):
-    params = example_tree(seed=1)
-    tx, zeros = make(name), jax.tree.map(jnp.zeros_like, params)
-    with jax.debug_nans("no-stats" not in name and "elements-tanh" not in name):
-        updates, state = tx.update(zeros, tx.init(params), params)
-    assert_same_bits(updates, zeros)
-    for stats in optaxclip.clip_stats(state).values():
-        assert int(stats.nonfinite_count) <= 0
+def test_inject_hyperparams(name, tried, params):
+    tx = injected(name)
+    update, grads, state = jax.jit(tx.update), first(gradients()), tx.init(params)
+    updates, new_state = update(grads, state, params)
+    assert_close(updates, first(tried(name)["vmap"][0]), rtol=2e-6)
+    assert types(new_state) == types(state)
+    bound_name = next((k for k in state.hyperparams if k != "eps"), None)
+    if isinstance(CLIPPERS[name][1], float) and not is_adaptive(name):
+        assert bound_name is not None, state.hyperparams
+        state.hyperparams[bound_name] = 0.0 * state.hyperparams[bound_name]
+        zeroed, _ = update(grads, state, params)
+        for path, x in jax.tree.leaves_with_path(zeroed):
+            if not is_excluded(name, path):
+                np.testing.assert_array_equal(x, 0, err_msg=jax.tree_util.keystr(path))
+
+
+def is_excluded(name, path):
+    return name == "agc-exclude" and "bias" in jax.tree_util.keystr(path)
 
 
 def test_the_table_has_every_clipper():

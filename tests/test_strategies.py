@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -7,6 +9,7 @@ import optax
 import pytest
 from tools.oracles import assert_close, f64, unit_norms
 from tools.oracles import norm as exact
+from tools.steps import compiled, first_steps
 
 import optaxclip
 
@@ -14,19 +17,8 @@ INF = float("inf")
 
 # --- the same numbers as Optax 0.2.8 ---
 
-SHAPES = [(), (3,), (1, 4), (2, 3), (3, 2, 2), (2, 2, 1, 3)]
-
-
-@st.composite
-def trees(draw):
-    shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    scale = 10.0 ** draw(st.integers(-3, 3))
-    leaves = [jnp.asarray(scale * rng.standard_normal(s), jnp.float32) for s in shapes]
-    return {"layer": leaves[:1], "rest": leaves[1:]}
-
-
-thresholds = st.floats(2.0**-10, 2.0**10, width=32)
+# Shapes are few, so that each pair is compiled once for each; what is drawn are numbers.
+SHAPES = [[()], [(3,), (1, 4)], [(2, 3), (), (3, 2, 2), (2, 2, 1, 3)]]
 PAIRS = {
     "clip": (optaxclip.clip_by_value, optax.clip),
     "clip_by_global_norm": (optaxclip.clip_by_global_norm, optax.clip_by_global_norm),
@@ -35,16 +27,31 @@ PAIRS = {
 }
 
 
+@st.composite
+def trees(draw):
+    shapes = draw(st.sampled_from(SHAPES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scales = [10.0 ** draw(st.integers(-3, 3)), 1.0]
+    return tuple(
+        [np.float32(scale * rng.standard_normal(shape)) for shape in shapes] for scale in scales
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """By name, what we and Optax make of gradients, parameters and a bound."""
+
+    def both(ours, theirs, grads, params, bound):
+        txs = ours(bound), theirs(bound)
+        return [tx.update(grads, tx.init(params), params)[0] for tx in txs]
+
+    return {name: jax.jit(functools.partial(both, *pair)) for name, pair in PAIRS.items()}
+
+
 @pytest.mark.parametrize("name", PAIRS)
-@hypothesis.given(grads=trees(), threshold=thresholds, seed=st.integers(0, 99))
-def test_equal_to_optax(name, grads, threshold, seed):
-    ours, theirs = PAIRS[name]
-    rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda g: jnp.asarray(rng.standard_normal(g.shape), jnp.float32), grads)
-    results = []
-    for tx in (ours(threshold), theirs(threshold)):
-        results.append(tx.update(grads, tx.init(params), params)[0])
-    assert_close(*results, rtol=1e-6)
+@hypothesis.given(tree=trees(), threshold=st.floats(2.0**-10, 2.0**10, width=32))
+def test_equal_to_optax(pairs, name, tree, threshold):
+    assert_close(*pairs[name](*tree, np.float32(threshold)), rtol=1e-6)
 
 
 # --- the formulas, in double precision ---
@@ -54,34 +61,63 @@ def test_equal_to_optax(name, grads, threshold, seed):
 def grads():
     rng = np.random.default_rng(5)
     shapes = {"bias": (4,), "conv": (2, 2, 3, 4), "dense": (5, 4), "scale": ()}
-    return {k: jnp.asarray(3 * rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    return {k: np.float32(3 * rng.standard_normal(s)) for k, s in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def params(grads):
     rng = np.random.default_rng(6)
-    return {k: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for k, x in grads.items()}
+    return {k: np.float32(rng.standard_normal(x.shape)) for k, x in grads.items()}
 
 
 def run(tx, grads, params=None):
-    return jax.jit(tx.update)(grads, tx.init(grads), params)[0]
+    return first_steps(tx, grads, params)[0]
+
+
+def by_bound(make, grads, bounds):
+    """The updates for each bound, `[bounds, ...]`."""
+    return compiled(jax.vmap(lambda c: make(c).update(grads, make(c).init(grads))[0]), bounds)
 
 
 def scaled(tree, factors):
     return {k: f64(x) * factors[k] for k, x in tree.items()}
 
 
-@pytest.mark.parametrize("c", [0.5, 1e3])
-@pytest.mark.parametrize("ord", [1, 2, 3, INF, "rms"])
-def test_global(grads, ord, c):
-    updates = run(optaxclip.clip_by_global_norm(c, ord=ord), grads)
-    factor = min(1, c / exact(grads.values(), ord))
-    assert_close(updates, scaled(grads, dict.fromkeys(grads, factor)))
+ORDS = [1, 2, 3, INF, "rms"]
 
 
-@pytest.mark.parametrize("ord", [1, 2, 3, INF, "rms"])
-def test_leaf(grads, ord):
-    updates = run(optaxclip.clip_by_leaf_norm(4.0, ord=ord), grads)
+@pytest.fixture(scope="module")
+def of_each_ord(grads):
+    """By ord, the updates for two bounds of the whole, and for one of each leaf."""
+
+    def both(bounds):
+        found = {}
+        for ord in ORDS:
+            make = functools.partial(optaxclip.clip_by_global_norm, ord=ord)
+            leaf = optaxclip.clip_by_leaf_norm(4.0, ord=ord)
+            found[str(ord)] = (
+                jax.vmap(lambda c, make=make: make(c).update(grads, make(c).init(grads))[0])(
+                    bounds
+                ),
+                leaf.update(grads, leaf.init(grads))[0],
+            )
+        return found
+
+    return compiled(both, np.float32([0.5, 1e3]))
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_global(grads, ord, of_each_ord):
+    updates, _ = of_each_ord[str(ord)]
+    for i, c in enumerate([0.5, 1e3]):
+        factor = min(1, c / exact(grads.values(), ord))
+        expected = scaled(grads, dict.fromkeys(grads, factor))
+        assert_close({k: x[i] for k, x in updates.items()}, expected)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_leaf(grads, ord, of_each_ord):
+    _, updates = of_each_ord[str(ord)]
     assert_close(updates, scaled(grads, {k: min(1, 4 / exact([x], ord)) for k, x in grads.items()}))
 
 
@@ -136,13 +172,12 @@ def test_agc(grads, params):
     assert_close(updates, expected)
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.5])
-@pytest.mark.parametrize("ord", [1, 2, INF])
-def test_normalize(grads, ord, eps):
-    updates = run(optaxclip.normalize(2.0, ord=ord, eps=eps), grads)
-    assert_close(
-        updates, scaled(grads, dict.fromkeys(grads, 2 / (exact(grads.values(), ord) + eps)))
-    )
+def test_normalize(grads):
+    cases = [(ord, eps) for ord in (1, 2, INF) for eps in (0.0, 0.5)]
+    txs = [optaxclip.normalize(2.0, ord=ord, eps=eps) for ord, eps in cases]
+    for (ord, eps), (updates, _) in zip(cases, first_steps(txs, grads), strict=True):
+        factor = 2 / (exact(grads.values(), ord) + eps)
+        assert_close(updates, scaled(grads, dict.fromkeys(grads, factor)))
 
 
 SOFT = {
@@ -152,41 +187,45 @@ SOFT = {
 }
 
 
+@pytest.mark.parametrize("elementwise", [False, True])
 @pytest.mark.parametrize("shape", SOFT)
-@pytest.mark.parametrize("c", [1e-3, 1.0, 20.0, 1e6])
-def test_soft(grads, shape, c):
-    updates = run(optaxclip.soft_clip(c, shape=shape), grads)
-    factor = SOFT[shape](exact(grads.values()) / c)
-    assert_close(updates, scaled(grads, dict.fromkeys(grads, factor)), rtol=2e-6)
-    updates = run(optaxclip.soft_clip(c, shape=shape, elementwise=True), grads)
-    factors = {k: SOFT[shape](np.abs(f64(x)) / c) for k, x in grads.items()}
-    assert_close(updates, scaled(grads, factors), rtol=2e-6)
+def test_soft(grads, shape, elementwise):
+    bounds = np.float32([1e-3, 1.0, 20.0, 1e6])
+    make = functools.partial(optaxclip.soft_clip, shape=shape, elementwise=elementwise)
+    found = by_bound(make, grads, bounds)
+    for i, c in enumerate(f64(bounds)):
+        if elementwise:
+            factors = {k: SOFT[shape](np.abs(f64(x)) / c) for k, x in grads.items()}
+        else:
+            factors = dict.fromkeys(grads, SOFT[shape](exact(grads.values()) / c))
+        assert_close({k: x[i] for k, x in found.items()}, scaled(grads, factors), rtol=2e-6)
 
 
 def test_elementwise_tanh_is_c_tanh():
-    g = jnp.linspace(-5, 5, 11)
+    g = np.linspace(-5, 5, 11, dtype=np.float32)
     updates = run(optaxclip.soft_clip(2.0, shape="tanh", elementwise=True), [g])
-    np.testing.assert_allclose(updates[0], 2 * np.tanh(np.asarray(g, np.float64) / 2), rtol=2e-6)
+    np.testing.assert_allclose(updates[0], 2 * np.tanh(f64(g) / 2), rtol=2e-6)
 
 
 def test_value_clips_the_modulus_of_complex_numbers():
-    z = jnp.array([3 + 4j, 0.3 + 0.4j, 0.0])
+    z = np.complex64([3 + 4j, 0.3 + 0.4j, 0.0])
     updates = run(optaxclip.clip_by_value(1.0), [z])
     np.testing.assert_allclose(updates[0], [0.6 + 0.8j, 0.3 + 0.4j, 0.0], rtol=1e-6)
 
 
 def test_eps_is_that_of_torch(grads):
     """`max_norm / (total_norm + 1e-6)`, which shortens a gradient already at the bound."""
-    g = [jnp.array([3e-6, 4e-6])]
+    g = [np.float32([3e-6, 4e-6])]
     updates = run(optaxclip.clip_by_global_norm(5e-6, eps=1e-6), g)
     np.testing.assert_allclose(updates[0], np.array([3e-6, 4e-6]) * 5 / 6, rtol=1e-6)
-    for make in (
-        optaxclip.clip_by_leaf_norm,
-        optaxclip.clip_by_leaf_rms,
-        optaxclip.clip_by_unit_norm,
-    ):
-        plain, padded = run(make(1.0), grads), run(make(1.0, eps=1.0), grads)
-        assert exact(padded.values()) < 0.9 * exact(plain.values())
+    factories = {
+        "leaf norm": optaxclip.clip_by_leaf_norm,
+        "leaf rms": optaxclip.clip_by_leaf_rms,
+        "unit norm": optaxclip.clip_by_unit_norm,
+    }
+    found = first_steps({k: [f(1.0), f(1.0, eps=1.0)] for k, f in factories.items()}, grads)
+    for name, ((plain, _), (padded, _)) in found.items():
+        assert exact(padded.values()) < 0.9 * exact(plain.values()), name
 
 
 def test_adam_does_not_see_the_length_of_its_gradients_but_clipping_does_bound_sgd(grads):
@@ -197,40 +236,57 @@ def test_adam_does_not_see_the_length_of_its_gradients_but_clipping_does_bound_s
 # --- slopes ---
 
 
-@pytest.mark.parametrize(
-    "tx",
-    {
-        "global": optaxclip.clip_by_global_norm(1.0),
-        "l3": optaxclip.clip_by_global_norm(1.0, ord=3),
-        "rms": optaxclip.clip_by_leaf_rms(0.5),
-        "unit": optaxclip.clip_by_unit_norm(1.0),
-        "normalize": optaxclip.normalize(1.0),
-        "rational": optaxclip.soft_clip(1.0),
-        "sqrt": optaxclip.soft_clip(1.0, shape="sqrt"),
-        "tanh": optaxclip.soft_clip(1.0, shape="tanh"),
-        "tanh-elements": optaxclip.soft_clip(1.0, shape="tanh", elementwise=True),
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_derivative_is_that_of_finite_differences(tx):
+SLOPES = {
+    "global": optaxclip.clip_by_global_norm(1.0),
+    "l3": optaxclip.clip_by_global_norm(1.0, ord=3),
+    "rms": optaxclip.clip_by_leaf_rms(0.5),
+    "unit": optaxclip.clip_by_unit_norm(1.0),
+    "normalize": optaxclip.normalize(1.0),
+    "rational": optaxclip.soft_clip(1.0),
+    "sqrt": optaxclip.soft_clip(1.0, shape="sqrt"),
+    "tanh": optaxclip.soft_clip(1.0, shape="tanh"),
+    "tanh-elements": optaxclip.soft_clip(1.0, shape="tanh", elementwise=True),
+}
+
+
+@pytest.fixture(scope="module")
+def slopes():
+    """By name, the derivative in a direction and that of finite differences."""
+    rng = np.random.default_rng(7)
+    x, v, w = rng.standard_normal((3, 3, 2))
+    h = 1e-6
+
+    def run(x, v):
+        found = {}
+        for name, tx in SLOPES.items():
+            f = lambda x, tx=tx: jnp.sum(w * tx.update([x], tx.init([x]))[0][0])
+            ahead, behind = jax.vmap(f)(jnp.stack([x + h * v, x - h * v]))
+            found[name] = jnp.sum(jax.grad(f)(x) * v), (ahead - behind) / (2 * h)
+        return found
+
     with jax.enable_x64(True):
-        rng = np.random.default_rng(7)
-        x, v, w = (jnp.asarray(rng.standard_normal((3, 2))) for _ in range(3))
-        state = tx[1].init([x])
-        f = jax.jit(lambda x: jnp.sum(w * tx[1].update([x], state)[0][0]))
-        h = 1e-6
-        slope = (f(x + h * v) - f(x - h * v)) / (2 * h)
-        assert float(jnp.sum(jax.grad(f)(x) * v)) == pytest.approx(float(slope), rel=1e-6)
+        return compiled(run, x, v)
 
 
-@pytest.mark.parametrize("shape", ["rational", "sqrt", "tanh"])
-@pytest.mark.parametrize("elementwise", [True, False])
-def test_slope_of_soft_clip_with_a_bound_of_zero(shape, elementwise):
-    def f(x):
-        tx = optaxclip.soft_clip(0.0, shape=shape, elementwise=elementwise)
-        return jnp.sum(tx.update(x, tx.init(x))[0])
+@pytest.mark.parametrize("name", SLOPES)
+def test_derivative_is_that_of_finite_differences(name, slopes):
+    slope, difference = slopes[name]
+    assert slope.dtype == np.float64
+    assert slope == pytest.approx(difference, rel=1e-6)
 
-    assert jnp.isfinite(jax.grad(f)(jnp.array([0.0, 3.0]))).all()
+
+def test_slope_of_soft_clip_with_a_bound_of_zero():
+    cases = [(shape, elementwise) for shape in SOFT for elementwise in (True, False)]
+
+    def run(x):
+        def f(x, shape, elementwise):
+            tx = optaxclip.soft_clip(0.0, shape=shape, elementwise=elementwise)
+            return jnp.sum(tx.update(x, tx.init(x))[0])
+
+        return {case: jax.grad(f)(x, *case) for case in cases}
+
+    for case, slope in compiled(run, np.float32([0.0, 3.0])).items():
+        assert np.isfinite(slope).all(), case
 
 
 # --- mistakes ---
@@ -261,12 +317,12 @@ def test_unknown_arguments():
 )
 def test_inject_hyperparams_must_leave_static_what_is_static(factory, arguments):
     (name,) = arguments
-    tree = {"w": jnp.array([[3.0, 0.0], [4.0, 1.0]])}
+    tree = {"w": np.float32([[3, 0], [4, 1]])}
     traced = optax.inject_hyperparams(factory)(1.0, **arguments)
     with pytest.raises(TypeError, match=rf"{name} must be static.*static_args=\('{name}',\)"):
         traced.update(tree, traced.init(tree))
     static = optax.inject_hyperparams(factory, static_args=name)(1.0, **arguments)
-    assert_close(static.update(tree, static.init(tree))[0], run(factory(1.0, **arguments), tree))
+    assert_close(run(static, tree), run(factory(1.0, **arguments), tree))
 
 
 def test_only_the_threshold_is_positional():

@@ -188,7 +188,7 @@ def example_tree(dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
 
     def leaf(*shape):
-        return jnp.asarray(rng.standard_normal(shape), dtype)
+        return jnp.asarray(np.asarray(rng.standard_normal(shape), jnp.dtype(dtype)))
 
     return {
         "body": {"bias": leaf(3), "kernel": leaf(4, 3)},
@@ -198,13 +198,12 @@ def example_tree(dtype=jnp.float32, seed=0):
 
 def mixed_tree(seed=0):
     """Every kind of leaf there is, double precision when it is enabled."""
-    tree = example_tree(seed=seed)
+    tree = jax.tree.map(np.asarray, example_tree(seed=seed))
     tree["body"]["kernel"] = tree["body"]["kernel"].astype(jnp.bfloat16)
-    tree["body"]["bias"] = tree["body"]["bias"].astype(jnp.float16)
-    tree["head"]["bias"] = tree["head"]["bias"].astype(jnp.complex64) * (1 + 1j)
-    if jax.config.jax_enable_x64:
-        tree["head"]["kernel"] = tree["head"]["kernel"].astype(jnp.float64)
-    return tree
+    tree["body"]["bias"] = tree["body"]["bias"].astype(np.float16)
+    tree["head"]["bias"] = np.asarray(tree["head"]["bias"] * (1 + 1j), np.complex64)
+    tree["head"]["kernel"] = tree["head"]["kernel"].astype(np.float64)
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def with_odd_leaves(tree):
@@ -215,8 +214,8 @@ def with_odd_leaves(tree):
             **tree["body"],
             "none": None,
             "masked": optax.MaskedNode(),
-            "ids": jnp.array([2**24 + 1, -7], jnp.int32),
-            "flag": jnp.array([True, False]),
-            "empty": jnp.zeros((0, 3)),
+            "ids": jnp.asarray(np.array([2**24 + 1, -7], np.int32)),
+            "flag": jnp.asarray(np.array([True, False])),
+            "empty": jnp.asarray(np.zeros((0, 3))),
         },
     }
