@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo multihost test explore lint docs bench dist
+.PHONY: demo multihost test pytest checks explore lint docs bench dist
 
 demo: $(READY)
 	$(BIN)/python examples/compare_clippers.py
@@ -11,15 +11,30 @@ demo: $(READY)
 multihost: $(READY)
 	$(BIN)/python examples/multihost.py
 
-test: lint docs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Tests, linters and documentation share the cores; each must pass.
+test: $(READY)
+	@$(MAKE) --no-print-directory -j 2 pytest checks
 
-# Other random examples than those of `make test`, and many times as many. A failure prints what
-# reproduces it: make explore SEED=... TIMES=...
-SEED ?= $(shell date +%s)
+# make pytest TESTS="tests/test_norms.py -x"
+TESTS ?=
+pytest: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Their output in one piece, as the tests go on printing.
+checks: $(READY)
+	@found=$$($(MAKE) --no-print-directory lint docs 2>&1); code=$$?; \
+	  printf '\n%s\n' "$$found"; exit $$code
+
+# Other random examples than those of `make test`, and many times as many. The first line says how
+# to draw the same again; a failure also prints a decorator that reproduces it.
+ifndef SEED
+SEED := $(shell date +%s)
+endif
 TIMES ?= 50
 explore: $(READY)
-	EXPLORE=$(TIMES) $(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-seed=$(SEED)
+	@echo "make explore SEED=$(SEED) TIMES=$(TIMES)"
+	EXPLORE=$(TIMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m hypothesis \
+	  --hypothesis-seed=$(SEED) $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,6 +55,8 @@ dist: $(READY)
 	$(BIN)/twine check --strict dist/*
 
 $(READY): pyproject.toml
+	@[ ! -L .venv ] || { echo '.venv is a link, and another tree may need what it holds: bring it up' \
+	  'to date there, or remove the link.' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'Python >= 3.11 is needed; name one: make PYTHON=python3.11 ...' >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv

@@ -89,9 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for clipper in options.clippers:
         run = jax.jit(functools.partial(train, clipper))
         inputs = [load(seed, options.steps) for seed in range(options.seeds)]
-        unit = float(np.median([np.asarray(run(jnp.inf, *given)[2]) for given in inputs]))
+        free = [np.asarray(run(np.float32(np.inf), *given)[2]) for given in inputs]
+        unit = float(np.median(free))
         for bound in bounds:
-            runs = [jax.device_get(run(bound * unit, *given)) for given in inputs]
+            runs = [jax.device_get(run(np.float32(bound * unit), *given)) for given in inputs]
             outcomes.append(outcome_of(clipper, bound, runs))
             print(line_of(outcomes[-1]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

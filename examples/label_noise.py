@@ -17,7 +17,7 @@ How long "long enough" is depends on the settings. With the pixels standardised 
 by 16 (`--pixels standardized`) the same 1500 steps are enough to undo the gain.
 
     python examples/label_noise.py           # 60 runs, 1.5 minutes on 2 cores
-    python examples/label_noise.py --quick   # two noise levels, one seed, shorter: 10 seconds
+    python examples/label_noise.py --quick   # two noise levels, one seed, 300 steps: 10 seconds
     python examples/label_noise.py --pixels standardized --noises 0.4
 
 A table goes to the terminal; report.html, results.json and label_noise.png to the folder `--out`.
@@ -125,11 +125,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=_positive, help=f"a multiple of {EVAL_EVERY} (1500)")
     parser.add_argument("--out", type=Path, default=Path("out/label_noise"), metavar="FOLDER")
     parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
-    parser.add_argument("--quick", action="store_true", help="noise 0 and 0.4, 1 seed, 500 steps")
+    parser.add_argument("--quick", action="store_true", help="noise 0 and 0.4, 1 seed, 300 steps")
     options = parser.parse_args(argv)
     options.noises = options.noises or ([0.0, 0.4] if options.quick else list(NOISES))
     options.seeds = options.seeds or (1 if options.quick else 3)
-    options.steps = options.steps or (500 if options.quick else 1500)
+    options.steps = options.steps or (300 if options.quick else 1500)
     if options.steps % EVAL_EVERY:
         parser.error(f"--steps must be a multiple of {EVAL_EVERY}, got {options.steps}")
     return options

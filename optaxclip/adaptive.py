@@ -63,11 +63,11 @@ def autoclip(
       The first step is unbounded: nothing is known.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.autoclip(95.0)
-      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
       >>> for norm in [1.0, 1.2, 0.9, 50.0]:
-      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      ...     updates, state = update({"w": jnp.array([norm])}, state)
       >>> print(updates["w"])
       [2.]
 
@@ -132,11 +132,11 @@ def zclip(
       mu (1e-6 with `relearn_after=None`).
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.zclip(warmup=4)
-      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
       >>> for norm in [0.1, 0.12, 0.09, 0.11, 5.0]:
-      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      ...     updates, state = update({"w": jnp.array([norm])}, state)
       >>> print(updates["w"].round(3))
       [0.105]
 
@@ -198,11 +198,11 @@ def adagc(
       A leaf whose gradient is zero at first has its warm-up when it wakes.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.adagc(warmup=3)
-      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
       >>> for norm in [0.1, 0.12, 0.08, 5.0]:
-      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      ...     updates, state = update({"w": jnp.array([norm])}, state)
       >>> print(updates["w"].round(3))
       [0.105]
 
@@ -255,11 +255,11 @@ def clip_by_history(
       with `relearn_after=None`).
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_by_history(window=8)
-      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
       >>> for norm in [1.0, 1.2, 0.8, 1.0, 50.0]:
-      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      ...     updates, state = update({"w": jnp.array([norm])}, state)
       >>> print(updates["w"].round(3))
       [1.424]
 
@@ -311,11 +311,11 @@ def clip_by_quantile(
       only rises, but for learning anew.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_by_quantile(0.5, step_size=0.2, init=1.0)
-      >>> state = tx.init({"w": jnp.zeros(1)})
+      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
       >>> for norm in [3.0, 3.0]:
-      ...     updates, state = tx.update({"w": jnp.array([norm])}, state)
+      ...     updates, state = update({"w": jnp.array([norm])}, state)
       >>> print(updates["w"].round(3))
       [1.105]
 

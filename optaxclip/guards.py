@@ -169,12 +169,12 @@ def skip_outliers(
       The first finite gradient always passes, unless the rule is `"fixed"`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> tx = optaxclip.skip_outliers(optax.sgd(1.0))
       >>> params = {"w": jnp.ones(1)}
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for norm in [1.0, 1.1, 0.9, 50.0]:
-      ...     updates, state = tx.update({"w": jnp.array([norm])}, state, params)
+      ...     updates, state = update({"w": jnp.array([norm])}, state, params)
       >>> print(updates["w"], state.skipped_count)
       [0.] 1
 

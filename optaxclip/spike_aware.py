@@ -65,11 +65,11 @@ def spam_clip(
       bound of the leaf's largest, and comes to its own by the moving average.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.spam_clip(decay=0.5, warmup=4)
-      >>> state = tx.init({"w": jnp.zeros(2)})
+      >>> state, update = tx.init({"w": jnp.zeros(2)}), jax.jit(tx.update)
       >>> for scale in [1.0, 1.0, 1.0, 1.0, 100.0]:
-      ...     updates, state = tx.update({"w": scale * jnp.array([1.0, 0.1])}, state)
+      ...     updates, state = update({"w": scale * jnp.array([1.0, 0.1])}, state)
       >>> print(f"{updates['w'][0]:.3f}")
       1.732
 
@@ -136,11 +136,11 @@ def adaclip(
       step is unbounded.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.adaclip(warmup=4)
-      >>> state = tx.init({"w": jnp.zeros(2)})
+      >>> state, update = tx.init({"w": jnp.zeros(2)}), jax.jit(tx.update)
       >>> for scale in [1.0, 1.2, 0.8, 1.0, 100.0]:
-      ...     updates, state = tx.update({"w": scale * jnp.array([1.0, 0.001])}, state)
+      ...     updates, state = update({"w": scale * jnp.array([1.0, 0.001])}, state)
       >>> print(updates["w"])
       [1.  0.1]
 

@@ -104,11 +104,11 @@ def example_quantile(
       expect. Examples of which `masked` made zeros count as within C.
 
     Example:
-      >>> import jax.numpy as jnp, optaxclip
+      >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_per_example(optaxclip.example_quantile(0.5, init=1.0))
-      >>> state = tx.init(jnp.zeros(1))
+      >>> state, update = tx.init(jnp.zeros(1)), jax.jit(tx.update)
       >>> for _ in range(50):
-      ...     updates, state = tx.update(jnp.array([[1.0], [2.0], [4.0], [90.0]]), state)
+      ...     updates, state = update(jnp.array([[1.0], [2.0], [4.0], [90.0]]), state)
       >>> print(f"{optaxclip.clip_stats(state)['clip_per_example'].threshold:.2f}")
       2.01
 

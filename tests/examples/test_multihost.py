@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tools.running import EXAMPLES, environment
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "multihost.py"
+SCRIPT = EXAMPLES / "multihost.py"
 STEPS, EVERY = 9, 3
 
 pytestmark = pytest.mark.slow
@@ -22,18 +23,17 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory):
     """Runs the example with a folder for its checkpoints; every program is compiled only once."""
     cache = tmp_path_factory.mktemp("compiled")
-    settings = {
+    settings = environment() | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | settings
 
     def run(out: Path, *arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-W", "error", str(SCRIPT), "--out", str(out), *arguments]
         command += ["--steps", str(STEPS), "--save-every", str(EVERY)]
         with subprocess.Popen(
             command,
-            env=environment,
+            env=settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,0 +1,70 @@
+"""The examples that train one model: each runs as its docstring says, and without a warning."""
+
+import json
+import re
+
+import pytest
+from tools.running import PNG, run, succeeded
+
+pytestmark = pytest.mark.slow
+
+
+def test_flax_linen_prints_loss_and_statistics():
+    done = succeeded(run("flax_linen.py"))
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0] / 2
+    for field in ("count", "pre_clip_norm", "clipped_count", "nonfinite_count"):
+        assert re.search(rf"{field} +\d", done.stdout)
+
+
+def test_equinox_loop_learns_and_counts():
+    done = succeeded(run("equinox_loop.py"))
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0]
+    assert re.search(r"of 300 steps clipped", done.stdout)
+
+
+def test_unstable_training_needs_a_clipper(tmp_path):
+    arguments = ("--quick", "--clippers", "none", "zclip", "--out", tmp_path)
+    done = succeeded(run("unstable_training.py", *arguments, hurry=False))
+    assert "steps clipped" in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["clippers"]
+    assert found["zclip"]["final"] < 3
+    assert not found["none"]["final"] < 10
+    assert (tmp_path / "unstable_training.png").read_bytes().startswith(PNG)
+
+
+def test_fsdp_transformer_learns_with_everything_split_but_the_statistics():
+    done = succeeded(run("fsdp_transformer.py", "--quick"))
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < 3 < losses[0]
+    assert "8 devices" in done.stdout
+    for name in ("agc", "clip_by_global_norm"):
+        assert re.search(rf"{name}: norm [\d.]+, \d+% of steps clipped", done.stdout)
+    for name in ("a kernel", "its first moment"):
+        assert f"{name}: (64, 256), P('data',), (8, 256) on each device" in done.stdout
+    assert "a clipper's norm: P()" in done.stdout
+
+
+def test_driving_needs_clipping(tmp_path):
+    done = succeeded(run("driving_bptt.py", "--quick", "--out", tmp_path))
+    bare, clipped = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert (bare["clipped"], clipped["clipped"]) == (False, True)
+    assert bare["rate"] == clipped["rate"]
+    assert bare["on_road"] < 0.1
+    assert clipped["on_road"] > 0.95
+    assert clipped["rms"] < 0.3
+    assert clipped["norms"][2] > 1e3 * clipped["norms"][1]
+    assert re.search(r"none +2e-02 +0 +0%", done.stdout)
+    assert (tmp_path / "driving.png").read_bytes().startswith(PNG)
+
+
+def test_dp_sgd_prints_epsilon_delta_and_accuracy(tmp_path):
+    picture = tmp_path / "made" / "dp_sgd.png"
+    done = succeeded(run("dp_sgd.py", "--steps", "60", "--print-every", "30", "--plot", picture))
+    assert picture.read_bytes().startswith(PNG)
+    found = re.findall(r"epsilon ([\d.]+), delta ([\d.e-]+), accuracy ([\d.]+)%", done.stdout)
+    epsilons, deltas, accuracies = zip(*(map(float, row) for row in found), strict=True)
+    assert 0 < epsilons[0] < epsilons[1] < 5
+    assert set(deltas) == {1e-4}
+    assert accuracies[-1] > 75
