@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tools.clippers import CLIPPERS, make
-from tools.compiling import QUICK
 from tools.oracles import assert_close, assert_same_bits
+from tools.quick import QUICK
 
 import optaxclip
 

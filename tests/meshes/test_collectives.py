@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tools.clippers import make
-from tools.compiling import QUICK
 from tools.hlo import collectives
+from tools.quick import QUICK
 
 import optaxclip
 

@@ -2,8 +2,8 @@
 
 import jax
 import pytest
-from tools.compiling import QUICK
 from tools.norm_cases import CASES_ON_A_MESH, assert_other_leaves_do_not_count
+from tools.quick import QUICK
 
 
 def test_there_are_several():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tools.compiling import QUICK
 from tools.hlo import collectives
+from tools.quick import QUICK
 
 import optaxclip
 from optaxclip.per_example import reweighted_grad

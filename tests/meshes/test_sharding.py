@@ -10,9 +10,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tools.compiling import QUICK
 from tools.norm_cases import by_slot
 from tools.oracles import norm as exact
+from tools.quick import QUICK
 
 import optaxclip
 
