@@ -181,7 +181,7 @@ def test_the_readme_begins_with_jax_and_optax_alone(site):
 @pytest.mark.parametrize("checker", ["pyright", "mypy"])
 def test_type_checkers_understand_a_users_program(checker, site):
     program = site / "program.py"
-    program.write_text((ROOT / "tests" / "typing_user.py").read_text())
+    program.write_text((ROOT / "tests" / "tools" / "typing_user.py").read_text())
     # optax itself has no types for mypy.
     options = {
         "pyright": ("--pythonpath", sys.executable),
