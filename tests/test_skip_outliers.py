@@ -2,7 +2,7 @@ import numpy as np
 import optax
 import pytest
 from tools.oracles import assert_same_bits
-from tools.steps import factors, jitted
+from tools.steps import factors, first_steps, jitted
 
 import optaxclip
 from optaxclip import clip_stats, raise_if_stuck, skip_outliers
@@ -53,6 +53,11 @@ def test_a_skipped_step_leaves_no_trace(rule, bad, guarded):
     assert (int(after.skipped_count), int(after.consecutive_count)) == (1, 0)
     assert after.norm == pytest.approx(1.0)
     assert 1 < after.threshold < 4
+
+
+def test_an_infinite_gradient_is_skipped_while_there_is_no_bound():
+    _, state = first_steps(skip_outliers(optax.sgd(1.0), relearn_after=None), grads(np.inf))
+    assert (state.threshold, int(state.skipped_count)) == (np.inf, 1)
 
 
 def window_rule(n, k, window):
