@@ -1,10 +1,10 @@
 """The rows of docs/accumulation.md, with numbers."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tools.quick import quick_jit
 
 import optaxclip
 from optaxclip.per_example import per_example_grad
@@ -44,7 +44,7 @@ def clip(g, axis=-1):
 def accumulate(tx, grads, w):
     """The last update, of SGD at rate 1 so that it is minus what the optimizer saw; the state."""
     state = tx.init(w)
-    step = jax.jit(tx.update)
+    step = quick_jit(tx.update)
     for g in grads:
         updates, state = step(g, state, w)
     return -np.asarray(updates), state
@@ -80,7 +80,7 @@ def test_in_front_each_part_is_clipped(examples, w):
 
 def test_per_example_in_front_is_that_of_one_large_batch(parts, examples, w):
     tx = optax.chain(optaxclip.clip_per_example(C), multi(optax.sgd(1.0)))
-    grad = jax.jit(per_example_grad(loss))
+    grad = quick_jit(per_example_grad(loss))
     grads = [grad(w, part) for part in parts]
     seen, state = accumulate(tx, grads, w)
     np.testing.assert_allclose(seen, clip(examples).mean(axis=(0, 1)), rtol=1e-5)
@@ -91,7 +91,9 @@ def test_per_example_in_front_is_that_of_one_large_batch(parts, examples, w):
 def test_micro_batches_do_not_change_the_sum(parts, examples, w, size):
     whole = parts.reshape(K * SIZE, -1)
     grad = optaxclip.clipped_grad(loss, l2_clip_norm=C, keep_batch_dim=False, microbatch_size=size)
-    np.testing.assert_allclose(jax.jit(grad)(w, whole), clip(examples).sum(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(
+        quick_jit(grad)(w, whole), clip(examples).sum(axis=(0, 1)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("outside", [True, False])

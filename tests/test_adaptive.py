@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tools.steps import factors
 
 import optaxclip
 from optaxclip.learning import relearn_after_of
-from optaxclip.testing import multipliers
 
 INF = float("inf")
 ONES = np.ones(2, np.float32)
@@ -28,8 +28,11 @@ def clipped(norms, bounds):
     return np.minimum(1, bounds / norms)
 
 
-def same(tx, norms, expected):
-    np.testing.assert_allclose(multipliers(tx, norms), expected, rtol=2e-6)
+def same(txs, norms, expected):
+    found = factors(txs, norms)
+    assert found.keys() == expected.keys()
+    for case, factor in found.items():
+        np.testing.assert_allclose(factor, expected[case], rtol=2e-6, err_msg=str(case))
 
 
 def by_leaf(rule, norms, *args):
@@ -40,10 +43,10 @@ def autoclip(n, p, window):
     return [np.percentile(n[max(0, t + 1 - window) : t + 1], p) for t in range(len(n))]
 
 
-@pytest.mark.parametrize("percentile", [0, 10, 50, 97, 100])
-def test_autoclip(norms, percentile):
-    tx = optaxclip.autoclip(percentile, window=16, relearn_after=None, by="leaf")
-    same(tx, norms, clipped(norms, by_leaf(autoclip, norms, percentile, 16)))
+def test_autoclip(norms):
+    percentiles = [0, 10, 50, 97, 100]
+    txs = {p: optaxclip.autoclip(p, window=16, relearn_after=None, by="leaf") for p in percentiles}
+    same(txs, norms, {p: clipped(norms, by_leaf(autoclip, norms, p, 16)) for p in percentiles})
 
 
 def zclip(n, k, decay, mode, warmup):
@@ -60,39 +63,47 @@ def zclip(n, k, decay, mode, warmup):
 
 
 @pytest.mark.parametrize("mode", ["zscore", "mean", "percentile"])
-@pytest.mark.parametrize("max_norm", [0.11, INF])
-def test_zclip(norms, mode, max_norm):
-    tx = optaxclip.zclip(
-        1.5, decay=0.9, mode=mode, max_norm=max_norm, warmup=8, relearn_after=None, by="leaf"
-    )
+def test_zclip(norms, mode):
+    arguments = {"decay": 0.9, "mode": mode, "warmup": 8, "relearn_after": None, "by": "leaf"}
     bounds = by_leaf(zclip, norms, 1.5, 0.9, mode, 8)
-    same(tx, norms, clipped(norms, np.minimum(bounds, max_norm)))
+    txs = {c: optaxclip.zclip(1.5, max_norm=c, **arguments) for c in (0.11, INF)}
+    same(txs, norms, {c: clipped(norms, np.minimum(bounds, c)) for c in txs})
 
 
-@pytest.mark.parametrize(("traced", "counts_as"), [(9900.0, 100), (-50.0, 0)])
-def test_a_traced_percentile_beyond_the_ends_is_the_end(norms, traced, counts_as):
-    beyond, end = (
-        multipliers(optaxclip.autoclip(p, window=16, by="leaf"), norms[:40])
-        for p in (jnp.asarray(np.float32(traced)), counts_as)
-    )
-    np.testing.assert_array_equal(beyond, end)
+def test_a_traced_percentile_beyond_the_ends_is_the_end(norms):
+    percentiles = {"9900": np.float32(9900), "100": 100, "-50": np.float32(-50), "0": 0}
+    txs = {
+        name: optaxclip.autoclip(
+            jnp.asarray(p) if isinstance(p, np.float32) else p, window=16, by="leaf"
+        )
+        for name, p in percentiles.items()
+    }
+    found = factors(txs, norms[:40])
+    np.testing.assert_array_equal(found["9900"], found["100"])
+    np.testing.assert_array_equal(found["-50"], found["0"])
+    assert not np.array_equal(found["0"], found["100"])
 
 
 @pytest.mark.parametrize("leaves", [2, 1], ids=["two leaves", "one without a gradient"])
-@pytest.mark.parametrize("largest", [0.12, 0.05])
-def test_adagc(norms, leaves, largest):
+def test_adagc(norms, leaves):
     ratio, decay, warmup = 1.1, 0.9, 10
-    out, gamma = [], np.full(leaves, INF)
-    for t, n in enumerate(norms[:, :leaves]):
-        if t < warmup:
-            out.append(np.full(leaves, min(1, largest / np.sqrt(np.sum(n**2)))))
-            gamma = np.minimum(gamma, n * out[-1])
-        else:
-            out.append(clipped(n, ratio * gamma))
-            gamma = decay * gamma + (1 - decay) * n * out[-1]
-    tx = optaxclip.adagc(ratio, decay=decay, max_norm=largest, warmup=warmup, relearn_after=None)
-    found = multipliers(tx, norms * (np.arange(2) < leaves))[:, :leaves]
-    np.testing.assert_allclose(found, np.array(out), rtol=2e-6)
+
+    def adagc(largest):
+        out, gamma = [], np.full(leaves, INF)
+        for t, n in enumerate(norms[:, :leaves]):
+            if t < warmup:
+                out.append(np.full(leaves, min(1, largest / np.sqrt(np.sum(n**2)))))
+                gamma = np.minimum(gamma, n * out[-1])
+            else:
+                out.append(clipped(n, ratio * gamma))
+                gamma = decay * gamma + (1 - decay) * n * out[-1]
+        return np.array(out)
+
+    arguments = {"decay": decay, "warmup": warmup, "relearn_after": None}
+    txs = {c: optaxclip.adagc(ratio, max_norm=c, **arguments) for c in (0.12, 0.05)}
+    found = factors(txs, norms * (np.arange(2) < leaves))
+    for c, factor in found.items():
+        np.testing.assert_allclose(factor[:, :leaves], adagc(c), rtol=2e-6, err_msg=str(c))
 
 
 def history(n, k, window):
@@ -105,7 +116,7 @@ def history(n, k, window):
 
 def test_clip_by_history(norms):
     tx = optaxclip.clip_by_history(1.5, window=12, relearn_after=None, by="leaf")
-    same(tx, norms, clipped(norms, by_leaf(history, norms, 1.5, 12)))
+    same({"": tx}, norms, {"": clipped(norms, by_leaf(history, norms, 1.5, 12))})
 
 
 def quantile(n, q, eta, bound):
@@ -118,12 +129,12 @@ def quantile(n, q, eta, bound):
 
 def test_clip_by_quantile(norms):
     tx = optaxclip.clip_by_quantile(0.8, step_size=0.2, init=0.05, relearn_after=None, by="leaf")
-    same(tx, norms, clipped(norms, by_leaf(quantile, norms, 0.8, 0.2, 0.05)))
+    same({"": tx}, norms, {"": clipped(norms, by_leaf(quantile, norms, 0.8, 0.2, 0.05))})
 
 
 def test_clip_by_quantile_without_init_starts_from_the_quantile_of_the_warm_up(norms):
     tx = optaxclip.clip_by_quantile(0.5, relearn_after=None, by="leaf")
-    found = multipliers(tx, norms[:26]) * norms[:26]
+    found = factors(tx, norms[:26]) * norms[:26]
     np.testing.assert_allclose(found[:25], norms[:25], rtol=1e-6)
     np.testing.assert_allclose(found[25], np.quantile(norms[:25], 0.5, axis=0), rtol=1e-6)
 
@@ -146,7 +157,7 @@ def test_names_units_and_the_scale_of_norms(name):
     small[110] *= 30
     free = {"max_norm": INF} if name in ("zclip", "adagc") else {}
     tx = MAKE[name](by="leaf", **free)
-    expected, tiny, huge = multipliers(tx, np.stack([small, small * 1e-20, small * 1e20]))
+    expected, tiny, huge = factors(tx, np.stack([small, small * 1e-20, small * 1e20]))
     np.testing.assert_allclose(tiny, expected, rtol=1e-4)
     np.testing.assert_allclose(huge, expected, rtol=1e-4)
     assert list(optaxclip.clip_stats(jax.eval_shape(tx.init, [ONES]))) == [name]

@@ -7,10 +7,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tools import quick
 from tools.clippers import CLIPPERS, ONE_EACH, example_tree, make
 from tools.oracles import EPS, assert_close, assert_same_bits, f64
 from tools.oracles import norm as exact
-from tools.steps import compiled, first_steps
+from tools.quick import quick_jit
+from tools.steps import first_steps
 
 import optaxclip
 from optaxclip import Norm, clip_by, clip_stats
@@ -56,7 +58,7 @@ def with_bound_zero(by):
             found[response] = jax.vmap(lambda g, tx=tx: tx.update(g, tx.init(g)))(grads)
         return found
 
-    return compiled(run, jax.tree.map(lambda x: np.stack([0 * x, x]), G))
+    return quick.run(run, jax.tree.map(lambda x: np.stack([0 * x, x]), G))
 
 
 @pytest.mark.parametrize("by", EVERY_BY)
@@ -87,7 +89,7 @@ def inside_the_bound(dtype):
             at_the_bound = [5.0, 1e30] if by != "global" else []
             wide = np.float64 if dtype == "float64" else np.float32
             bounds[by] = np.array([largest * (1 + 1e-7), INF, *at_the_bound], wide)
-        return tree, compiled(run, bounds, tree)
+        return tree, quick.run(run, bounds, tree)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +126,7 @@ def beyond_the_bound(dtype):
 
     with jax.enable_x64(dtype == "float64"):
         run = jax.vmap(jax.vmap(update, (None, 0)))
-        return bounds, compiled(run, np.stack(leaves), bounds)
+        return bounds, quick.run(run, np.stack(leaves), bounds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +167,7 @@ def of_extreme_norm(by, x64):
         return found
 
     with jax.enable_x64(x64):
-        found = compiled(run, leaves)
+        found = quick.run(run, leaves)
     return {i: (leaves[i], *found[i]) for i in cases}
 
 
@@ -185,7 +187,7 @@ def test_finite_gradients_of_extreme_norm(case, by, of_extreme_norm):
 def test_normalize_of_tiny_gradients():
     tx = optaxclip.normalize(10.0)
     grads = np.float32([[1e-37, 0], [1e-30, 0], [1e-20, 0]])
-    updates = compiled(jax.vmap(lambda g: tx.update([g], tx.init([g]))[0][0]), grads)
+    updates = quick.run(jax.vmap(lambda g: tx.update([g], tx.init([g]))[0][0]), grads)
     np.testing.assert_allclose(updates, [[10.0, 0.0]] * 3, rtol=1e-6)
 
 
@@ -199,7 +201,7 @@ def clippers_of_bad_leaves(jit):
     for by in ("leaf", "element"):
         for nonfinite in ("propagate", "zero"):
             tx = clip_by(by, 0.25, nonfinite=nonfinite)
-            found[by, nonfinite] = tx, jax.jit(tx.update) if jit else tx.update
+            found[by, nonfinite] = tx, quick_jit(tx.update) if jit else tx.update
     return found
 
 
@@ -237,7 +239,7 @@ def test_a_complex_infinity_has_no_direction_to_be_clipped_in():
             for k, tx in txs.items()
         }
 
-    found = compiled(run, grads)
+    found = quick.run(run, grads)
     assert np.isnan(found["propagate"][:, 0]).all()
     assert (found["zero"][:, 0] == 0).all()
     for updates in found.values():
@@ -350,7 +352,7 @@ def of_bad_gradients(by):
             found[nonfinite] = jax.vmap(lambda g, tx=tx: tx.update([g], tx.init([g])))(grads)
         return found
 
-    return compiled(run, np.float32([[0.5, bad] for bad in BAD.values()]))
+    return quick.run(run, np.float32([[0.5, bad] for bad in BAD.values()]))
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
@@ -369,7 +371,7 @@ def test_the_norm_after_is_that_of_the_result_on_bad_steps_too(
 
 def test_counts_and_the_worst_group():
     tx = optaxclip.clip_by_leaf_norm({"a": 6.0, "b": 10.0})
-    state, update = tx.init(G), jax.jit(tx.update)
+    state, update = tx.init(G), quick_jit(tx.update)
     scales = [(1.0, 1.0), (3.0, 1.0), (0.1, 0.1)]
     clipped = []
     for a, b in scales:
@@ -391,7 +393,7 @@ def test_of_groups_with_one_factor_the_longest_is_the_worst():
     tx = optaxclip.adagc(max_norm=1.3)
     rows = np.arange(1, 21)
     shares = (np.arange(20) < rows[:, None]) * rows[:, None] / 30  # as many elements as the row
-    update = jax.jit(lambda tree: tx.update(tree, tx.init(tree))[1])
+    update = quick_jit(lambda tree: tx.update(tree, tx.init(tree))[1])
     tree = list(np.float32(shares))
     for shuffled in (tree, tree[::-1]):
         state = update(shuffled)
@@ -418,7 +420,7 @@ def test_double_precision_norms_beyond_float32_are_no_bad_steps():
 def test_every_group_counts_when_another_is_worse():
     tx = optaxclip.clip_by_leaf_norm({"a": 0.0, "b": 1.0, "c": 1.0})
     one, two = np.ones(1, np.float32), np.full(1, 2, np.float32)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     for bad in BAD.values():
         grads = {"a": one, "b": bad * one, "c": two}
         _, state = update(grads, tx.init(grads))
@@ -482,7 +484,7 @@ def test_clip_stats_finds_the_clipper(wrapper):
     tx = wrap(optaxclip.clip_by_global_norm(1.0, name="here"))
     state = tx.init(G)
     assert clip_stats(state)["here"].count == 0
-    _, state = jax.jit(tx.update)(G, state, G)
+    _, state = quick_jit(tx.update)(G, state, G)
     stats = clip_stats(state)
     assert list(stats) == ["here"]
     assert stats["here"].pre_clip_norm == pytest.approx(norm)
@@ -506,7 +508,7 @@ def test_clip_stats_without_a_clipper():
 def test_clip_stats_inside_jit():
     tx = optaxclip.clip_by_global_norm(1.0)
 
-    @jax.jit
+    @quick_jit
     def step(state):
         _, state = tx.update(G, state)
         return {k: s._asdict() for k, s in clip_stats(state).items()}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tools import quick
 from tools.clippers import (
     CLIPPERS,
     ONE_EACH,
@@ -23,7 +24,8 @@ from tools.clippers import (
     with_odd_leaves,
 )
 from tools.oracles import assert_close, assert_same_bits
-from tools.steps import Steps, through
+from tools.quick import quick_jit
+from tools.steps import through
 
 import optaxclip
 
@@ -32,27 +34,21 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def steps():
-    return Steps()
-
-
-@pytest.fixture(scope="module")
 def params():
     return arrays(example_tree(seed=1))
 
 
 @pytest.fixture(scope="module")
-def tried(steps, params):
+def tried(params):
     """By name, the results of everything that is tried on a clipper, in one program."""
 
     @functools.cache
     def of(name):
-        @jax.jit
         def run(grads, params):
-            tx = steps[name]
+            tx = make(name)
             return {**in_scan_and_vmap(tx, grads, params), **elsewhere(tx, first(grads), params)}
 
-        return arrays(run(gradients(), params))
+        return quick.run(run, gradients(), params)
 
     return of
 
@@ -144,7 +140,7 @@ def test_every_leaf_of_any_dtype_is_bounded_and_others_are_untouched(name):
     tx = make(name)
     with jax.enable_x64(True):
         grads, params = (arrays(with_odd_leaves(mixed_tree(seed))) for seed in range(2))
-        updates = arrays(jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params))
+        updates = quick.run(lambda g, p: tx.update(g, tx.init(p), p)[0], grads, params)
     for k in ("ids", "flag", "empty"):
         assert_same_bits(updates["body"][k], grads["body"][k])
     sizes = largest(updates)
@@ -172,7 +168,7 @@ def test_eager_steps_equal_jitted_ones_that_are_compiled_once(name):
         traces.append(1)
         return tx.update(*args)
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
+    compiled = quick_jit(step, donate_argnums=(0, 1))
     state, donated = tx.init(params), tx.init(params)
     with jax.debug_nans(True):
         updates, _ = tx.update(zeros, state, params)
@@ -289,10 +285,9 @@ def elsewhere(tx, grads, params):
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_inside_multi_steps_the_mean_is_clipped_outside_each_micro_batch(name, steps, params):
-    tx = steps[name]
+def test_inside_multi_steps_the_mean_is_clipped_outside_each_micro_batch(name, params):
+    tx = make(name)
 
-    @jax.jit
     def run(grads):
         mean = jax.tree.map(lambda x: x.mean(0), grads)
         inside = optax.MultiSteps(tx, 2)
@@ -308,7 +303,7 @@ def test_inside_multi_steps_the_mean_is_clipped_outside_each_micro_batch(name, s
     def last(tree):
         return jax.tree.map(lambda x: x[-1], tree)
 
-    found = arrays(run(jax.tree.map(lambda x: x[:2], gradients())))
+    found = quick.run(run, jax.tree.map(lambda x: x[:2], gradients()))
     assert_close(last(found["inside"]), found["mean"], rtol=2e-5, atol=1e-7)
     mean_of_clipped = jax.tree.map(lambda x: x.mean(0), found["each"])
     assert_close(last(found["outside"]), mean_of_clipped, rtol=2e-5, atol=1e-7)
@@ -322,7 +317,7 @@ def injected(name):
 @every
 def test_inject_hyperparams(name, tried, params):
     tx = injected(name)
-    update, grads, state = jax.jit(tx.update), first(gradients()), tx.init(params)
+    update, grads, state = quick_jit(tx.update), first(gradients()), tx.init(params)
     updates, new_state = update(grads, state, params)
     assert_close(updates, first(tried(name)["vmap"][0]), rtol=2e-6)
     assert types(new_state) == types(state)

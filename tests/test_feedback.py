@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tools.steps import compiled
+from tools import quick
 
 import optaxclip
 from optaxclip import clip_stats, error_feedback
@@ -32,7 +32,7 @@ def test_u_clip():
         expected.append(h * min(1, 0.8 / np.linalg.norm(h)))
         carry = h - expected[-1]
     tx = error_feedback(optaxclip.clip_by_global_norm(0.8))
-    found, carries, state = compiled(functools.partial(run, tx), steps)
+    found, carries, state = quick.run(functools.partial(run, tx), steps)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(carries[-1], carry, rtol=1e-5, atol=1e-6)
     assert int(clip_stats(state)["clip_by_global_norm"].count) == 12
@@ -42,7 +42,7 @@ def test_u_clip():
 def test_nothing_is_lost(dtype):
     steps = np.asarray(np.random.default_rng(1).standard_normal((40, 5)) * 0.01, dtype)
     tx = error_feedback(optaxclip.clip_by_value(0.01))
-    found, carries, _ = compiled(functools.partial(run, tx), steps)
+    found, carries, _ = quick.run(functools.partial(run, tx), steps)
     assert found.dtype == dtype
     total = np.sum(np.float64(steps), axis=0)
     np.testing.assert_allclose(np.float64(found).sum(0) + carries[-1], total, atol=1e-6)
@@ -53,7 +53,7 @@ def test_a_bad_step_spoils_no_later_one(nonfinite):
     streams = np.ones((2, 4, 2), np.float32)
     streams[:, 1, 0] = np.nan, np.inf
     tx = error_feedback(optaxclip.clip_by_global_norm(1.0, nonfinite=nonfinite))
-    found, carries, _ = compiled(jax.vmap(functools.partial(run, tx)), streams)
+    found, carries, _ = quick.run(jax.vmap(functools.partial(run, tx)), streams)
     assert np.isfinite(found[:, 2:]).all()
     assert np.isfinite(carries[:, -1]).all()
     np.testing.assert_array_equal(carries[:, 1, 0], carries[:, 0, 0])

@@ -4,8 +4,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tools import quick
 from tools.oracles import assert_same_bits
-from tools.steps import compiled, first_steps, jitted, through
+from tools.quick import quick_jit
+from tools.steps import first_steps, jitted, through
 
 import optaxclip
 from optaxclip import clip_stats, raise_if_stuck, skip_nonfinite
@@ -96,7 +98,7 @@ def test_a_finite_gradient_whose_norm_overflows_is_no_bad_step():
     gradients = [np.full(8, 3e38, np.float32), np.full(8, 6e4, np.float16),
                  np.complex64([3e38 + 3e38j])]  # fmt: skip
     run = lambda gradients: [tx.update([g], tx.init([g])) for g in gradients]
-    for g, (updates, state) in zip(gradients, compiled(run, gradients), strict=True):
+    for g, (updates, state) in zip(gradients, quick.run(run, gradients), strict=True):
         assert_same_bits(updates, [g])
         assert counters(state) == (0, 0, False)
 
@@ -110,7 +112,7 @@ def test_counters_in_scan():
         _, state = tx.update(g, state, PARAMS)
         return state, (state.skipped_count, state.consecutive_count, state.stuck)
 
-    run = jax.jit(lambda values: jax.lax.scan(body, tx.init(PARAMS), values))
+    run = quick_jit(lambda values: jax.lax.scan(body, tx.init(PARAMS), values))
     state, history = run(values)
     skipped, consecutive, stuck = (np.asarray(h).tolist() for h in history)
     assert skipped == [0, 1, 2, 2, 3, 3, 4, 5, 6, 6]
@@ -211,8 +213,8 @@ AROUND = {
 def test_around_any_optimizer(name):
     params = {"m": np.ones((4, 4), np.float32), "w": np.ones(4, np.float32)}
     tx = skip_nonfinite(AROUND[name]())
-    update = jax.jit(tx.update)
-    state = jax.jit(tx.init)(params)
+    update = quick_jit(tx.update)
+    state = quick_jit(tx.init)(params)
     for _ in range(2):
         _, state = update(params, state, params)
     bad = {**params, "w": np.float32([1.0, 2.0, np.nan, 3.0])}
@@ -228,7 +230,7 @@ def test_inside_multi_steps_it_skips_the_mean_outside_the_micro_batch():
     }
     params, steps = [0 * ONE], [np.float32([[1], [np.nan], [1]])]
     run = lambda steps: {k: through(tx, tx.init(params), steps, params)[0] for k, tx in txs.items()}
-    results = {name: updates[0].ravel().tolist() for name, updates in compiled(run, steps).items()}
+    results = {name: updates[0].ravel().tolist() for name, updates in quick.run(run, steps).items()}
     assert results == {"inside": [0.0, 0.0, 0.0], "outside": [0.0, 0.0, -1.0]}
 
 

@@ -10,8 +10,9 @@ import jax_privacy
 import numpy as np
 import optax
 import pytest
+from tools import quick
 from tools.pages import ROOT
-from tools.steps import compiled
+from tools.quick import quick_jit
 
 import optaxclip
 from optaxclip.per_example import materialize
@@ -36,16 +37,16 @@ def batch_loss(params, x):
 
 @functools.cache
 def per_example():
-    return compiled(jax.vmap(jax.grad(loss), (None, 0)), PARAMS, BATCH)
+    return quick.run(jax.vmap(jax.grad(loss), (None, 0)), PARAMS, BATCH)
 
 
 @functools.cache
 def factored():
-    return compiled(optaxclip.per_example_grad(loss), PARAMS, BATCH)
+    return quick.run(optaxclip.per_example_grad(loss), PARAMS, BATCH)
 
 
 def ours(tx, grads=GRADS):
-    return jax.jit(lambda grads: tx.update(grads, tx.init(PARAMS), PARAMS))(grads)
+    return quick_jit(lambda grads: tx.update(grads, tx.init(PARAMS), PARAMS))(grads)
 
 
 def same(got, expected):
@@ -53,7 +54,7 @@ def same(got, expected):
 
 
 def as_optax(theirs, tx, grads=GRADS):
-    update = jax.jit(lambda grads: theirs.update(grads, theirs.init(PARAMS), PARAMS)[0])
+    update = quick_jit(lambda grads: theirs.update(grads, theirs.init(PARAMS), PARAMS)[0])
     same(ours(tx, grads)[0], update(grads))
 
 
@@ -102,7 +103,7 @@ def apply_if_finite():
 
 def in_a_row(tx, grads, steps):
     """Updates and state after each step with the same gradient."""
-    state, update, found = tx.init(PARAMS), jax.jit(tx.update), []
+    state, update, found = tx.init(PARAMS), quick_jit(tx.update), []
     for _ in range(steps):
         updates, state = update(grads, state, PARAMS)
         found.append((updates, state))
@@ -111,7 +112,7 @@ def in_a_row(tx, grads, steps):
 
 def optax_per_example():
     leaves, tree = jax.tree.flatten(per_example())
-    theirs, _ = jax.jit(optax.per_example_global_norm_clip)(leaves, C)
+    theirs, _ = quick_jit(optax.per_example_global_norm_clip)(leaves, C)
     same(ours(optaxclip.clip_per_example(C, mean="sum"), factored())[0], tree.unflatten(theirs))
 
 
@@ -149,7 +150,7 @@ def keras_clipnorm():
 def opacus_adaptive():
     """`C <- C exp(-eta (share within C - q))`, once a step."""
     tx = optaxclip.clip_per_example(optaxclip.example_quantile(0.5, init=C, step_size=0.2))
-    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    state, update = tx.init(PARAMS), quick_jit(tx.update)
     for _ in range(2):
         _, state = update(factored(), state, PARAMS)
     norms = np.sqrt(sum(np.sum(np.square(x.reshape(4, -1)), 1) for x in per_example().values()))
@@ -161,7 +162,7 @@ def opacus_adaptive():
 def privacy(**options):
     theirs = jax_privacy.clipping.clipped_grad(batch_loss, l2_clip_norm=C, **options)
     mine = optaxclip.clipped_grad(batch_loss, l2_clip_norm=C, **options)
-    same(jax.jit(mine)(PARAMS, BATCH), jax.jit(theirs)(PARAMS, BATCH))
+    same(quick_jit(mine)(PARAMS, BATCH), quick_jit(theirs)(PARAMS, BATCH))
 
 
 def sensitivity():
@@ -221,7 +222,7 @@ HELD = {
         rows_of(LEAF_BOUNDS),
     ),
     'make_private(clipping="adaptive")': opacus_adaptive,
-    "GradSampleModule(m)": lambda: same(compiled(materialize, factored()), per_example()),
+    "GradSampleModule(m)": lambda: same(quick.run(materialize, factored()), per_example()),
     'grad_sample_mode="ghost"': lambda: same(
         ours(optaxclip.clip_per_example(C), factored())[0],
         ours(optaxclip.clip_per_example(C), per_example())[0],

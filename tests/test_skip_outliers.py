@@ -2,11 +2,10 @@ import numpy as np
 import optax
 import pytest
 from tools.oracles import assert_same_bits
-from tools.steps import jitted
+from tools.steps import factors, first_steps, jitted
 
 import optaxclip
 from optaxclip import clip_stats, raise_if_stuck, skip_outliers
-from optaxclip.testing import multipliers
 
 PARAMS = {"w": np.float32([1.0, -2.0])}
 
@@ -56,6 +55,11 @@ def test_a_skipped_step_leaves_no_trace(rule, bad, guarded):
     assert 1 < after.threshold < 4
 
 
+def test_an_infinite_gradient_is_skipped_while_there_is_no_bound():
+    _, state = first_steps(skip_outliers(optax.sgd(1.0), relearn_after=None), grads(np.inf))
+    assert (state.threshold, int(state.skipped_count)) == (np.inf, 1)
+
+
 def window_rule(n, k, window):
     kept, out = [], []
     for x in n:
@@ -74,7 +78,7 @@ def test_the_window_rule_is_that_of_its_formula():
     tx = skip_outliers(optax.identity(), num_stds=2.0, window=16, relearn_after=None)
     expected = window_rule(n, 2.0, 16)
     assert 3 <= np.sum(expected == 0) < 20
-    found = multipliers(tx, np.stack([n, 1e-9 * n], 1))
+    found = factors(tx, np.stack([n, 1e-9 * n], 1))
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
 
 
@@ -82,7 +86,7 @@ def test_a_level_that_has_changed_is_learned_after_so_many_steps():
     n = np.full(60, 0.1)
     n[20:] = 1.0
     tx = skip_outliers(optax.identity(), window=8, relearn_after=10)
-    found = multipliers(tx, np.stack([n, 1e-9 * n], 1))[:, 0]
+    found = factors(tx, np.stack([n, 1e-9 * n], 1))[:, 0]
     np.testing.assert_allclose(found, [1.0] * 20 + [0.0] * 10 + [1.0] * 30, rtol=1e-6)
 
 

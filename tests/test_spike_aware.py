@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools.steps import compiled
+from tools import quick
 
 import optaxclip
 
@@ -22,7 +22,7 @@ def run(tx, steps):
         return state, updates["w"]
 
     scan = lambda steps: jax.lax.scan(step, tx.init(tree(steps[0])), steps)
-    state, updates = compiled(scan if np.ndim(steps) == 2 else jax.vmap(scan), np.float32(steps))
+    state, updates = quick.run(scan if np.ndim(steps) == 2 else jax.vmap(scan), np.float32(steps))
     return updates, state
 
 

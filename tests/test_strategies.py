@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tools import quick
 from tools.oracles import assert_close, f64, unit_norms
 from tools.oracles import norm as exact
-from tools.steps import compiled, first_steps
+from tools.quick import quick_jit
+from tools.steps import first_steps
 
 import optaxclip
 
@@ -45,7 +47,7 @@ def pairs():
         txs = ours(bound), theirs(bound)
         return [tx.update(grads, tx.init(params), params)[0] for tx in txs]
 
-    return {name: jax.jit(functools.partial(both, *pair)) for name, pair in PAIRS.items()}
+    return {name: quick_jit(functools.partial(both, *pair)) for name, pair in PAIRS.items()}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -76,7 +78,7 @@ def run(tx, grads, params=None):
 
 def by_bound(make, grads, bounds):
     """The updates for each bound, `[bounds, ...]`."""
-    return compiled(jax.vmap(lambda c: make(c).update(grads, make(c).init(grads))[0]), bounds)
+    return quick.run(jax.vmap(lambda c: make(c).update(grads, make(c).init(grads))[0]), bounds)
 
 
 def scaled(tree, factors):
@@ -103,7 +105,7 @@ def of_each_ord(grads):
             )
         return found
 
-    return compiled(both, np.float32([0.5, 1e3]))
+    return quick.run(both, np.float32([0.5, 1e3]))
 
 
 @pytest.mark.parametrize("ord", ORDS)
@@ -265,7 +267,7 @@ def slopes():
         return found
 
     with jax.enable_x64(True):
-        return compiled(run, x, v)
+        return quick.run(run, x, v)
 
 
 @pytest.mark.parametrize("name", SLOPES)
@@ -285,7 +287,7 @@ def test_slope_of_soft_clip_with_a_bound_of_zero():
 
         return {case: jax.grad(f)(x, *case) for case in cases}
 
-    for case, slope in compiled(run, np.float32([0.0, 3.0])).items():
+    for case, slope in quick.run(run, np.float32([0.0, 3.0])).items():
         assert np.isfinite(slope).all(), case
 
 

@@ -1,44 +1,37 @@
-"""A step of a clipper, compiled: what tests of the contract, of adaptive bounds and meshes run."""
+"""Steps of clippers and optimizers, from few programs that are compiled quickly.
+
+Nothing here keeps an array or a program: a test file holds what it wants to use again in a fixture
+of module scope.
+"""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from tools.clippers import make
+from tools import quick
+from tools.quick import quick_jit
+
+_DIRECTION = np.float32([0.6, 0.8])
 
 
 def jitted(tx):
-    """The transformation with `init` and `update` compiled, once for each tree they are given.
-
-    Inside another jit, `scan` or `vmap` its trace is used again.
-    """
+    """The transformation with `init` and `update` compiled, once for each tree they are given."""
     tx = optax.with_extra_args_support(tx)
-    return optax.GradientTransformationExtraArgs(jax.jit(tx.init), jax.jit(tx.update))
+    return optax.GradientTransformationExtraArgs(quick_jit(tx.init), quick_jit(tx.update))
 
 
-class Steps(dict):
-    """The clippers of the table by name, `jitted`: `steps["global"].update(grads, state, params)`.
+def first_steps(txs, grads, params=None):
+    """Updates and state of the first step of each transformation of a tree, from one program."""
 
-    Made by a fixture of module scope, so that it dies with the backend of the module.
-    """
+    def run(grads, params):
+        step = lambda tx: tx.update(grads, tx.init(grads), params)
+        return jax.tree.map(step, txs, is_leaf=_is_transform)
 
-    def __missing__(self, name):
-        return self.setdefault(name, jitted(make(name)))
-
-
-def together(txs):
-    """Clippers by name as one, so that they cost one program: `{name: updates}, {name: state}`."""
-
-    def init(params):
-        return {name: tx.init(params) for name, tx in txs.items()}
-
-    def update(grads, states, params=None):
-        found = {name: tx.update(grads, states[name], params) for name, tx in txs.items()}
-        return {k: u for k, (u, _) in found.items()}, {k: s for k, (_, s) in found.items()}
-
-    return jitted(optax.GradientTransformation(init, update))
+    return quick.run(run, grads, params)
 
 
 def through(tx, start, grads, params=None):
-    """Scans `[steps, ...]` of gradients: all updates `[steps, ...]` and the last state. In jit."""
+    """Scans gradients `[steps, ...]`: all updates and the last state. To be compiled."""
 
     def step(state, g):
         updates, state = tx.update(g, state, params)
@@ -48,17 +41,25 @@ def through(tx, start, grads, params=None):
     return updates, state
 
 
-def compiled(fun, *args):
-    """`fun(*args)` in one program, as NumPy: many small steps cost one compilation."""
-    return jax.device_get(jax.jit(fun)(*args))
+def factors(txs, norms):
+    """What transformations of a tree multiply two leaves of these norms by: `[..., steps, 2]`.
 
+    That of `optaxclip.testing.multipliers`, for several at once.
+    """
 
-def first_steps(txs, grads, params=None):
-    """The first step of each transformation of a tree: all updates and states, one program."""
-    run = lambda grads, params: jax.tree.map(
-        lambda tx: tx.update(grads, tx.init(grads), params), txs, is_leaf=_is_transform
-    )
-    return compiled(run, grads, params)
+    def run(norms):
+        grads = [n[:, None] * _DIRECTION for n in norms.T]
+
+        def lengths(tx):
+            updates, _ = through(tx, tx.init([_DIRECTION, _DIRECTION]), grads)
+            return jnp.stack([u @ _DIRECTION for u in updates], axis=1)
+
+        return jax.tree.map(lengths, txs, is_leaf=_is_transform)
+
+    norms = np.float32(norms)
+    found = quick.run(jax.vmap(run), norms.reshape(-1, *norms.shape[-2:]))
+    with np.errstate(invalid="ignore"):
+        return jax.tree.map(lambda n: n.reshape(norms.shape) / norms, found)
 
 
 def _is_transform(x):
