@@ -43,7 +43,9 @@ class Terms:
         if jnp.iscomplexobj(self.x):
             dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
         x = self.x.astype(dtype)
-        return x if self.scale is None else times(x, self.scale)
+        if self.scale is None:
+            return x
+        return _exactly(times(x, self.scale))
 
 
 def norms_of(
@@ -274,6 +276,17 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
         factor = factor.astype(x.real.dtype)
         return lax.complex(x.real * factor, x.imag * factor)
     return x * factor.astype(x.dtype)
+
+
+def _exactly(x: jax.Array) -> jax.Array:
+    """`x`, rounded to what it is, so that XLA computes it.
+
+    Of one number many times, such as the zeros of a frozen leaf, it otherwise makes `(x s)^2` into
+    `x^2 s^2`: zero times infinity.
+    """
+    if jnp.iscomplexobj(x):
+        return lax.complex(_exactly(x.real), _exactly(x.imag))
+    return lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)
 
 
 def _larger_part(x: jax.Array) -> jax.Array:
