@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 from tools.exploring import TIMES  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", True)
-collect_ignore = ["tools", "typing_user.py"]
+collect_ignore = ["tools"]
 
 _common = {"deadline": None, "max_examples": 20 * TIMES}
 hypothesis.settings.register_profile("suite", **_common, derandomize=True, database=None)

@@ -1,0 +1,83 @@
+"""Whether the engine agrees with `vmap(grad)` on a random program."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tools import programs
+from tools.quick import quick_jit
+
+from optaxclip.per_example import (
+    per_example_value_and_grad,
+    reweighted_grad,
+    sq_norms,
+    weighted_sum,
+)
+
+METHODS = ("one_pass", "two_pass", "vmap")
+
+
+def weights(squares: Any, xp: Any = jnp) -> Any:
+    """Clips about half of the examples; no example's weight depends on another's."""
+    return xp.minimum(1.0, 1.0 / xp.sqrt(xp.maximum(squares, 1e-12)))
+
+
+def _refused(fun: Any, *args: Any) -> bool:
+    """Whether JAX itself does not support a program."""
+    try:
+        jax.eval_shape(fun, *args)
+    except Exception:
+        return True
+    return False
+
+
+def disagreements(seed: int, *, schedules: bool = False) -> list[str]:
+    """What differs, in words; nothing where JAX itself refuses the program or finds no number.
+
+    `schedules`: one of the schedules of `reweighted_grad` is tried too, which one by the seed.
+    """
+    program = programs.program(seed)
+    params, batch = programs.parameters(seed), programs.examples(seed)
+
+    def expected(params: Any, batch: Any) -> Any:
+        each = jax.vmap(jax.value_and_grad(program.loss), (None, 0))
+        losses, grads = each(params, batch)
+        squares = functools.reduce(
+            jnp.add, [jnp.sum(g.reshape(len(g), -1) ** 2, 1) for g in jax.tree.leaves(grads)]
+        )
+        c = weights(squares)
+        return losses, squares, jax.tree.map(lambda g: jnp.tensordot(c, g, 1), grads)
+
+    def found(params: Any, batch: Any) -> Any:
+        losses, grads = per_example_value_and_grad(program.loss)(params, batch)
+        squares = sq_norms(grads)
+        return losses, squares, weighted_sum(grads, weights(squares))
+
+    def scheduled(params: Any, batch: Any) -> Any:
+        method = METHODS[seed % len(METHODS)]
+        got = reweighted_grad(program.loss, weights, method=method)(params, batch)
+        return got.values, got.sq_norms, got.grads
+
+    answers = quick_jit(lambda *args: (expected(*args), (scheduled if schedules else found)(*args)))
+    try:
+        want, got = jax.tree.map(np.asarray, answers(params, batch))
+    except Exception:
+        if _refused(expected, params, batch):
+            return []
+        raise
+    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(want)):
+        return []
+    single = any(name in ("[cast]",) for name in program.names)
+    tolerance = 1e-4 if single else 1e-8
+    different = []
+    for what, x, y in zip(("losses", "squared norms"), got, want, strict=False):
+        if np.any(np.abs(x - y) > tolerance * np.maximum(np.abs(y), 1e-6)):
+            different.append(f"{what}: {x} for {y}")
+    scale = max(np.max(np.abs(y)) for y in jax.tree.leaves(want[2]))
+    for name, y in want[2].items():
+        error = np.max(np.abs(got[2][name] - y))
+        if error > tolerance * max(scale, 1e-6):
+            different.append(f"sum of {name}: off by {error:.1e} of {scale:.1e}")
+    return different
