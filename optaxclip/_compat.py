@@ -1,24 +1,42 @@
 """The only file that touches names that differ between JAX releases."""
 
-from collections.abc import Sequence
+import functools
+import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
+from jax.extend.core import jaxprs_in_params
 from jax.extend.core import primitives as primitives
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 # Not among the names of jax.extend; None where a release makes do without the primitive.
+optimization_barrier_p: Primitive | None = getattr(lax, "optimization_barrier_p", None)
 split_p: Primitive | None = getattr(lax, "split_p", None)
 stack_p: Primitive | None = getattr(lax, "stack_p", None)
 unstack_p: Primitive | None = getattr(lax, "unstack_p", None)
 
+# Primitives that call a function of the user's.
+_CALL_RULES = (
+    primitives.custom_jvp_call_p,
+    primitives.custom_vjp_call_p,
+    primitives.linear_solve_p,
+)
+# Of JAX, in no public module.
+_UNNAMED = frozenset({
+    "pvary", "pcast", "psum_invariant", "mesh_cast", "reshard", "shard_map", "random_wrap",
+    "random_unwrap", "layout_constraint",
+})  # fmt: skip
+_JAX = str(pathlib.Path(jax.__file__).parent)
 _CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.call_p)
 
 
@@ -55,6 +73,13 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding) or all(entry is None for entry in sharding.spec):
         return None
     return sharding
+
+
+def auto_mesh(mesh: Any) -> jax.sharding.AbstractMesh:
+    """A mesh with automatic axes instead of explicit ones."""
+    abstract = getattr(mesh, "abstract_mesh", mesh)
+    types = [AxisType.Auto if t == AxisType.Explicit else t for t in abstract.axis_types]
+    return abstract.update(axis_types=tuple(types))
 
 
 def is_partitioned() -> bool:
@@ -100,11 +125,32 @@ def _body(equation: JaxprEqn) -> ClosedJaxpr:
     return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
 
 
+def jaxprs_of(equation: JaxprEqn) -> Iterable[Any]:
+    """The jaxprs among the parameters of an equation: its bodies and branches."""
+    return jaxprs_in_params(equation.params)
+
+
+@functools.cache
+def _public_primitives() -> frozenset[Primitive]:
+    named = [*vars(primitives).values(), *vars(lax).values()]
+    return frozenset(x for x in named if isinstance(x, Primitive))
+
+
+def is_own(primitive: Primitive) -> bool:
+    """Whether a primitive is one of JAX's: those that it names in public, and a few by name."""
+    return primitive in _public_primitives() or primitive.name in _UNNAMED
+
+
 def bind(equation: JaxprEqn, *inputs: Any) -> tuple[Any, ...]:
-    """Evaluate an equation; always a tuple of outputs."""
+    """Evaluate an equation, under the names that the user gave it; always a tuple of outputs."""
     inputs = tuple(as_varying(inputs))  # inside shard_map primitives themselves do not do that
+    if equation.primitive in _CALL_RULES or not is_own(equation.primitive):
+        # A constant of a jaxpr is a NumPy array, which lacks what a rule may use (`x.at`).
+        inputs = tuple(jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in inputs)
     params = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
+    source = equation.source_info
+    names = source_info_util.current_name_stack() + source.name_stack
+    with source_info_util.user_context(source.traceback, name_stack=names), equation.ctx.manager:
         outputs = equation.primitive.bind(*inputs, **params)
     return tuple(outputs) if equation.primitive.multiple_results else (outputs,)
 
@@ -112,3 +158,19 @@ def bind(equation: JaxprEqn, *inputs: Any) -> tuple[Any, ...]:
 def source_line(equation: JaxprEqn) -> str:
     """The user's `file:line (function)` that made an equation."""
     return str(source_info_util.summarize(equation.source_info)) or "a line that JAX lost"
+
+
+def within(equation: JaxprEqn, call: JaxprEqn, body: ClosedJaxpr) -> JaxprEqn:
+    """An equation of the body of a call, with the names around the call in front of its own.
+
+    It says that it was made where the call was if its own line is lost, or if the function is one
+    of JAX's such as `jnp.take`: JAX traces those once for each type of arguments, and their
+    equations name the line that called them first.
+    """
+    source = equation.source_info
+    names = call.source_info.name_stack + source.name_stack
+    info = getattr(body.jaxpr, "debug_info", None)
+    path = str(getattr(info, "func_src_info", "")).rpartition(" at ")[2]
+    if path.startswith(_JAX) or not source_info_util.summarize(source):
+        source = source.replace(traceback=call.source_info.traceback)
+    return equation.replace(source_info=source.replace(name_stack=names))

@@ -1,7 +1,8 @@
 """How a clipper behaves over time: streams of norms to drive it with, and what to expect of it.
 
 `check_clipper(tx)` holds a clipper whose bound follows the norms to the promises every such
-clipper of this library keeps; `behaviour(tx)` only measures.
+clipper of this library keeps; `behaviour(tx)` only measures. `check_per_example(loss, params,
+batch)` holds the per-example gradients of a loss to `vmap(grad)`.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from optaxclip.per_example.agreement import check_per_example as check_per_example
 
 STEPS = 600
 EVENT = 300

@@ -15,6 +15,7 @@ from optaxclip._reductions import largest
 from optaxclip._statistics import check_same_groups, empty_stats, record
 from optaxclip.clipping import ClipState
 from optaxclip.norms import Norm
+from optaxclip.per_example.explicit_axes import of_gradients
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.statistics import (
@@ -154,7 +155,7 @@ def clip_per_example(
         stats = record_examples(stats, root(total(squares, size)), finite, exceeded, noise)
         return incoming.update(sums), ClipState(state.name, stats, threshold_state)
 
-    return aggregating.Aggregator(init_fn, update_fn)
+    return aggregating.Aggregator(init_fn, of_gradients(update_fn))
 
 
 def _norm(by: Any) -> Norm:

@@ -57,6 +57,10 @@ class Options:
         given = {name: getattr(self, name) for name in _ROLES}
         return {name: _numbers(name, value) for name, value in given.items() if value is not None}
 
+    def examples_of(self, args: Sequence[Any]) -> list[Tree]:
+        """The positional arguments that hold the examples, of those that there are."""
+        return [args[k] for k in self.named_argnums["batch_argnums"] if k < len(args)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -67,7 +71,7 @@ class Call:
     params: list[jax.Array]
     """The arrays to differentiate with respect to."""
     batch: list[jax.Array]
-    """Arrays with the examples on the leading axis."""
+    """The arrays of the examples, which are on the leading axis: what `jax.vmap` makes of it."""
     like_params: Callable[[list[Any], Callable[[Any], Any]], Tree]
     """`(gradients, zero) -> tree` like the differentiated arguments; `zero(leaf)` elsewhere."""
     spmd_axis_name: Any = None
@@ -82,7 +86,13 @@ class Call:
     @property
     def example(self) -> list[jax.ShapeDtypeStruct]:
         """The types of one example."""
-        return jax.eval_shape(lambda batch: [x[0] for x in batch], self.batch)
+        found: list[jax.ShapeDtypeStruct] = []
+
+        def one(example: list[Any]) -> None:
+            found.extend(jax.eval_shape(lambda x: x, example))
+
+        jax.eval_shape(jax.vmap(one), self.batch)
+        return found
 
 
 def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
@@ -106,8 +116,7 @@ def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[s
     leaves, params_tree = jax.tree.flatten([args[k] for k in of_params])
     leaves = [jnp.asarray(x) for x in leaves]
     moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-    batch, batch_tree = jax.tree.flatten(([args[k] for k in of_batch], named))
-    batch = [jnp.asarray(x) for x in batch]
+    batch, batch_tree = _flat_batch(([args[k] for k in of_batch], named))
     keys, keys_tree = jax.tree.flatten([args[k] for k in of_keys])
     keys = [jax.random.split(key, batch[0].shape[0]) for key in keys]
 
@@ -121,7 +130,7 @@ def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[s
         data, key = example[: len(batch)], example[len(batch) :]
         examples, named = jax.tree.unflatten(batch_tree, data)
         if options.keep_batch_dim:
-            examples = jax.tree.map(lambda x: x[None], examples)
+            examples = jax.vmap(lambda _: examples)(jnp.zeros(1))
         given = dict(enumerate(args))
         given.update(zip(of_params, with_moving(params, leaves), strict=True))
         given.update(zip(of_batch, examples, strict=True))
@@ -150,6 +159,22 @@ def unbatched_aux(aux: Tree, options: Options) -> Tree:
     if not options.keep_batch_dim:
         return aux
     return jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 and x.shape[1] == 1 else x, aux)
+
+
+def _flat_batch(batch: Tree) -> tuple[list[jax.Array], Any]:
+    """Its arrays, examples first, and the structure of one example.
+
+    What `jax.vmap` takes need not have rows for leaves: a sparse matrix knows how to be split.
+    """
+    structures: list[Any] = []
+
+    def one(example: Tree) -> list[Any]:
+        leaves, structure = jax.tree.flatten(example)
+        structures.append(structure)
+        return leaves
+
+    leaves = jax.vmap(one)(batch)
+    return [jnp.asarray(x) for x in leaves], structures[0]
 
 
 def _numbers(name: str, value: Any) -> tuple[int, ...]:

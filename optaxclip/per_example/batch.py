@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from optax.experimental import aggregating
 
 from optaxclip._leaves import Leaves, Tree
@@ -17,7 +18,9 @@ from optaxclip._reductions import accumulator, largest
 from optaxclip._statistics import empty_stats, record
 from optaxclip.clipping import ClipState
 from optaxclip.norms import Norm
-from optaxclip.per_example.forms import Form
+from optaxclip.per_example.cancellation import Terms, settled
+from optaxclip.per_example.explicit_axes import of_gradients
+from optaxclip.per_example.forms import Form, over_examples
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.statistics import empty_example_stats, record_examples
@@ -60,9 +63,21 @@ class Batch:
         return transposed(direction)[0]
 
     def distances(self, point: Arrays) -> jax.Array:
-        """`|g_b - v|`, [B]."""
-        squares = self.sq_norms - 2 * self.along(point) + sq_norm(point)
-        return root(jnp.maximum(squares, 0))
+        """`|g_b - v|`, [B]; also where v is so close to a gradient that the terms cancel."""
+        squares, length = self.sq_norms, sq_norm(point)
+        total = squares - 2 * self.along(point) + length
+        size = jnp.square(root(squares) + root(length))
+        elements = sum(x.size for x in point)
+        return root(settled(Terms(total, size, size), elements, lambda: self._distances(point)))
+
+    def _distances(self, point: Arrays) -> jax.Array:
+        """Their squares from the gradients themselves, of one example after the other."""
+
+        def one(b: jax.Array) -> jax.Array:
+            alone = over_examples(lambda x: lax.dynamic_slice_in_dim(x, b, 1), self.forms)
+            return sq_norm([f.materialize()[0] - v for f, v in zip(alone, point, strict=True)])
+
+        return lax.map(one, jnp.arange(self.norms.shape[0]))
 
     def mean_weights(self) -> jax.Array:
         """[B], that make `sum` the mean."""
@@ -134,4 +149,4 @@ def aggregator(
             sums[i] = x.astype(incoming.forms[i].dtype)
         return incoming.update(sums), ClipState(state.name, stats, answer.memory)
 
-    return aggregating.Aggregator(init_fn, update_fn)
+    return aggregating.Aggregator(init_fn, of_gradients(update_fn))

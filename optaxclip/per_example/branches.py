@@ -1,11 +1,13 @@
 """Conditionals with a parameter in a branch.
 
-One that depends on the example becomes a select under `vmap` in any case, and is one here. Any
-other stays a choice between branches.
+One that depends on the example stays one too: `vmap` evaluates all branches and selects, backward
+as well, so that what a branch makes of an example that does not take it, NaN perhaps, reaches
+nothing. A select of the outputs would send a zero back into that branch, and zero times NaN is NaN.
 """
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._compat import JaxprEqn
+from optaxclip.per_example.forms import over_examples
 from optaxclip.per_example.program import Block, Found, Users, Values, evaluate_once, merge, reach
 from optaxclip.per_example.uses import users
 from optaxclip.per_example.walk import body_forms, run, zero_taps
@@ -24,9 +27,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branches:
-    """A known choice; each branch returns the records of all, zeros for those of the others."""
+    """A choice; each branch returns the records of all, zeros for those of the others."""
 
     index: int
+    of_example: bool
+    """Whether the choice depends on the example; it is recorded then."""
     branches: tuple[Block, ...]
     outputs: tuple[int, ...]
     avals: tuple[Any, ...]
@@ -60,9 +65,10 @@ class Branches:
             return body
 
         choices = [padded(k) for k in range(len(self.branches))]
-        outputs, records = lax.switch(values[self.index], choices, taps)
+        index = values[self.index]
+        outputs, records = lax.switch(index, choices, taps)
         values.update(zip(self.outputs, outputs, strict=True))
-        return records
+        return index if self.of_example else None, records
 
     def users(self) -> Users:
         """Those of every branch."""
@@ -84,13 +90,19 @@ class Branches:
 
         What a branch computes of parameters need not be finite where it is not taken.
         """
+        index, records = records
+        index = values[self.index] if index is None else index
         found: Found = {}
         for k, (branch, *given) in enumerate(zip(self.branches, records, cotangents, strict=True)):
-            taken = values[self.index] == k
             forms = body_forms(branch, values, *given)
-            kept = jax.tree.map(lambda x, t=taken: jnp.where(t, x, jnp.zeros_like(x)), forms)
+            kept = over_examples(functools.partial(_where, index == k), forms)
             merge(found, kept.items())
         return found
+
+
+def _where(taken: jax.Array, x: jax.Array) -> jax.Array:
+    """Zeros for the examples, or all, of which a branch was not taken."""
+    return jnp.where(taken.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
 
 def flatten_cond(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> Sequence[int] | None:
@@ -98,30 +110,18 @@ def flatten_cond(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> Sequen
     if all(map(builder.is_known, inputs)):
         return None
     index, *operands = inputs
-    if builder.is_known(index):
-        return _choice(builder, eqn, index, operands)
-    return None if eqn.effects else _select(builder, eqn, index, operands)
-
-
-def _select(builder: "Builder", eqn: JaxprEqn, index: int, operands: list[int]) -> Sequence[int]:
-    cases = [builder.inline_closed(branch, operands) for branch in eqn.params["branches"]]
-    avals: list[Any] = [v.aval for v in eqn.outvars]
-    outputs = []
-    for aval, *numbers in zip(avals, *cases, strict=True):
-        types = [eqn.invars[0].aval, *[aval] * len(numbers)]
-        outputs += builder.traced(lax.select_n, types, [index, *numbers], eqn)
-    return outputs
-
-
-def _choice(builder: "Builder", eqn: JaxprEqn, index: int, operands: list[int]) -> Sequence[int]:
+    of_example = not builder.is_known(index)
+    if of_example and eqn.effects:
+        return None
     avals: list[Any] = [v.aval for v in eqn.outvars]
     branches = []
     for branch in eqn.params["branches"]:
         builder.open()
         outermost, builder.outermost = builder.outermost, len(builder.once) - 1
-        outputs = builder.inline_closed(branch, operands)
+        outputs = builder.inline_body(branch, operands, eqn)
         branches.append(builder.close([*map(builder.met, outputs, avals)]))
         builder.outermost = outermost
-    node = Branches(index, tuple(branches), tuple(builder.data() for _ in avals), tuple(avals))
+    found = tuple(builder.data() for _ in avals)
+    node = Branches(index, of_example, tuple(branches), found, tuple(avals))
     builder.append(node)
     return node.outputs

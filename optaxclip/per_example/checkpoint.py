@@ -54,7 +54,7 @@ class Checkpoint:
 def flatten_checkpoint(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> Sequence[int]:
     """Append a checkpoint; the numbers of its outputs."""
     builder.each.append([])
-    outputs = builder.inline_closed(remat_jaxpr(eqn), inputs)
+    outputs = builder.inline_body(remat_jaxpr(eqn), inputs, eqn)
     varying = [i for i in dict.fromkeys(outputs) if not builder.is_known(i)]
     block = builder.block((), varying)
     if block.each:

@@ -24,7 +24,8 @@ def check_params(arguments: list[tuple[str, Tree]]) -> None:
             if kind is None:
                 raise TypeError(
                     f"parameters must be arrays, got {place}. Keep everything else in an"
-                    " argument of its own, or close over it."
+                    " argument of its own, or close over it: eqx.partition(model,"
+                    " eqx.is_inexact_array) does so for an Equinox module."
                 )
             if jnp.issubdtype(kind, jnp.complexfloating):
                 raise TypeError(
@@ -44,7 +45,7 @@ def check_batch(arguments: list[tuple[str, Tree]]) -> None:
     leaves = [
         (_at(name, path), jnp.shape(leaf))
         for name, tree in arguments
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_has_shape)
     ]
     if not leaves:
         names = ", ".join(name for name, _ in arguments)
@@ -123,6 +124,11 @@ def what_fun_saw(arguments: dict[str, Tree], keep_batch_dim: bool) -> str:
         f" {'no batch' if keep_batch_dim else 'a batch'} axis there, pass"
         f" keep_batch_dim={not keep_batch_dim}."
     )
+
+
+def _has_shape(x: Any) -> bool:
+    """An array, or a container with a shape of its own, such as a sparse matrix."""
+    return isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
 
 
 def _kind(leaf: Any) -> Any:

@@ -15,6 +15,7 @@ from optaxclip._leaves import Tree
 from optaxclip.per_example.arguments import Argnums, Options, call_of, unbatched_aux
 from optaxclip.per_example.clipped_sum import Clipping
 from optaxclip.per_example.costs import Method
+from optaxclip.per_example.explicit_axes import on_automatic_axes
 from optaxclip.per_example.microbatches import check_divides
 from optaxclip.per_example.schedules import check_method
 
@@ -185,8 +186,7 @@ def clipped_grad(
     clipping = Clipping(l2_clip_norm, rescale_to_unit_norm, transform, nan_safe, dtype, method)
     with_aux = has_aux or return_values or return_grad_norms
 
-    @functools.wraps(fun)
-    def grad(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
+    def run(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
         call = call_of(fun, options, args, kwargs)
         call = dataclasses.replace(call, spmd_axis_name=spmd_axis_name)
         padding = _padding(is_padding_example, call.size)
@@ -200,6 +200,11 @@ def clipped_grad(
             grad_norms=found.grad_norms.astype(jnp.float32) if return_grad_norms else None,
             aux=unbatched_aux(found.aux, options) if has_aux else None,
         )
+
+    @functools.wraps(fun)
+    def grad(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
+        given = {"is_padding_example": is_padding_example, **kwargs}
+        return on_automatic_axes(run, options.examples_of(args), args, given)
 
     bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm) / normalize_by
     return BoundedSensitivityCallable(grad, bound, with_aux)

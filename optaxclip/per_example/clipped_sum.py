@@ -95,8 +95,8 @@ class Clipping:
         """The sum over some examples, in a dtype that is wide enough to go on adding."""
         call = dataclasses.replace(call, batch=batch)
         method = self.method if self.transform is None else "vmap"
-        chosen, losses, aux, found = scheduled(call, method, seen)
-        grads = call.like_params(found, lambda leaf: zero_like(leaf, call.size))
+        chosen, found = scheduled(call, method, seen)
+        grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, call.size))
         grad_norms = root(sq_norms(grads))
         if self.transform is not None:
             grads = jax.vmap(self.transform)(materialize(grads))
@@ -130,7 +130,7 @@ class Clipping:
                 else:
                     some = True if mask is None else jnp.any(mask)
                     sums[i] = jnp.where(some, again[i].astype(dtype), 0)
-        return Clipped(incoming.update(sums), losses, grad_norms, aux)
+        return Clipped(incoming.update(sums), found.losses, grad_norms, found.aux)
 
     def _groups(self, leaves: Leaves) -> tuple[list[list[int]], list[Any]]:
         """The positions of the leaves under each bound, and the bounds."""

@@ -1,26 +1,59 @@
-"""Sums over the factors of per-example gradients: in float32, in bounded memory."""
+"""Sums over the factors of per-example gradients: in float32, in bounded memory.
+
+Norms and inner products are taken at the highest precision of the platform, whatever the default:
+the bound of an example's influence rests on them, and products of float32 in bfloat16 (TPU) or TF32
+(GPU) are right to 1e-3 only.
+"""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from optaxclip._compat import explicit_sharding
 from optaxclip._reductions import accumulator
 
 # A sum whose intermediate is larger is taken block by block.
 _BLOCK_BYTES = 2**26
 
 
-def einsum(spec: str, *operands: jax.Array) -> jax.Array:
+def einsum(spec: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
     """`einsum` that adds in float32, or in float64 where an operand has 64 bits."""
     dtype = functools.reduce(jnp.promote_types, (accumulator(x.dtype) for x in operands))
     if len({x.dtype for x in operands}) > 1:
         operands = tuple(x.astype(dtype) for x in operands)
-    return jnp.einsum(spec, *operands, preferred_element_type=dtype)
+    sharding = _sharding_of_result(spec, operands)
+    return jnp.einsum(
+        spec, *operands, precision=precision, preferred_element_type=dtype, out_sharding=sharding
+    )
+
+
+def _sharding_of_result(spec: str, operands: Sequence[jax.Array]) -> NamedSharding | None:
+    """On explicit axes: what is kept stays split as it is, what is summed over is summed."""
+    found = [explicit_sharding(x) for x in operands]
+    known = [s for s in found if s is not None]
+    if not known:
+        return None
+    names, _, kept = spec.partition("->")
+    axes: dict[str, Any] = {}
+    for letters, sharding in zip(names.split(","), found, strict=True):
+        entries = () if sharding is None else sharding.spec
+        for letter, entry in zip(letters, entries, strict=False):
+            if entry is not None:
+                axes.setdefault(letter, entry)
+    taken: set[Any] = set()
+    split: list[Any] = []
+    for letter in kept:
+        entry = axes.get(letter)
+        own = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        split.append(None if own & taken else entry)
+        taken |= own
+    return NamedSharding(known[0].mesh, PartitionSpec(*split))
 
 
 def by_blocks(
@@ -74,11 +107,19 @@ def by_examples(fun: Callable[..., jax.Array], size: int, *factors: Any) -> jax.
 
 def gram(left: jax.Array, right: jax.Array, left2: jax.Array, right2: jax.Array) -> jax.Array:
     """`sum_ts <left_t, left2_s> <right_t, right2_s>`, for factors [B, K, T, ...]: [B]."""
+    return gram_and_size(left, right, left2, right2)[0]
+
+
+def gram_and_size(
+    left: jax.Array, right: jax.Array, left2: jax.Array, right2: jax.Array
+) -> jax.Array:
+    """The terms of `gram` added up, and their absolute values: [2, B]."""
 
     def some(left: jax.Array, right: jax.Array) -> jax.Array:
         lefts = einsum("bkti,bksi->bkts", left, left2)
         rights = einsum("bkto,bkso->bkts", right, right2)
-        return jnp.sum(lefts * rights, axis=(1, 2, 3))
+        products = lefts * rights
+        return jnp.stack([jnp.sum(x, axis=(1, 2, 3)) for x in (products, jnp.abs(products))])
 
     b, k, t, _ = left.shape
     return by_blocks(some, 2, 2 * b * k * t * left2.shape[2], left, right)

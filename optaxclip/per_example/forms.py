@@ -7,19 +7,22 @@ examples. Numbers of 16 bits are added in float32.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optaxclip._reductions import accumulator
+from optaxclip.per_example.cancellation import Terms, settled
 from optaxclip.per_example.contractions import (
     by_blocks,
     by_examples,
     by_rank,
     einsum,
     gram,
+    gram_and_size,
     ranks,
     weigh,
 )
@@ -91,7 +94,9 @@ class Dense:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=["layout"]
+    jax.tree_util.register_dataclass,
+    data_fields=["left", "right"],
+    meta_fields=["layout", "precision"],
 )
 @dataclasses.dataclass(frozen=True)
 class Outer:
@@ -100,6 +105,8 @@ class Outer:
     left: jax.Array
     right: jax.Array
     layout: Layout
+    precision: Any = None
+    """Of the product whose gradient it is, as the user asked for it: that of weighted sums."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,14 +130,24 @@ class Outer:
         return t * s * (i + o) < (t + (0 if other is self else s)) * i * o
 
     def sq_norm(self) -> jax.Array:
+        return measured(self)
+
+    def terms(self) -> Terms:
+        """`|g_b|^2` and what it was added up from."""
+        left, right = (einsum("bkti,bkti->bkt", x, x) for x in (self.left, self.right))
         if self.norm_method == "rank one":
-            left, right = (einsum("bkti,bkti->bk", x, x) for x in (self.left, self.right))
-            return jnp.sum(left * right, axis=1)
-        # Rounding may take a Gram sum that cancels below zero.
-        return jnp.maximum(self._dot(self), 0)
+            total = jnp.sum(left * right, axis=(1, 2))
+            return Terms(total, total, total)
+        lengths = jnp.sum(jnp.sqrt(left) * jnp.sqrt(right), axis=2)
+        size = jnp.sum(jnp.square(lengths), axis=1)
+        if self.norm_method == "instantiate":
+            total = self._dot(self)
+            return Terms(total, total, size)
+        total, rough = gram_and_size(self.left, self.right, self.left, self.right)
+        return Terms(total, rough, size)
 
     def inner(self, other: Form) -> jax.Array:
-        if isinstance(other, Gathered | Sum):
+        if isinstance(other, Gathered | Shared | Sum):
             return other.inner(self)
         if isinstance(other, Outer):
             other = other._aligned(self.layout)
@@ -167,8 +184,9 @@ class Outer:
         k, i, o = self.layout.sizes
         if k == 1:  # an ordinary matrix product is faster than a batch of one
             rows = left.shape[0] * left.shape[2]
-            return einsum("ni,no->io", left.reshape(rows, i), right.reshape(rows, o))[None]
-        return einsum("bkti,bkto->kio", left, right)
+            flat = left.reshape(rows, i), right.reshape(rows, o)
+            return einsum("ni,no->io", *flat, precision=self.precision)[None]
+        return einsum("bkti,bkto->kio", left, right, precision=self.precision)
 
     def materialize(self) -> jax.Array:
         return self.layout.to_parameter(einsum("bkti,bkto->bkio", self.left, self.right))
@@ -176,7 +194,7 @@ class Outer:
     def _aligned(self, layout: Layout) -> "Outer":
         """With rows and columns exchanged, if that brings it into `layout`."""
         if self.layout != layout and self.layout.swapped() == layout:
-            return Outer(self.right, self.left, layout)
+            return Outer(self.right, self.left, layout, self.precision)
         return self
 
 
@@ -205,16 +223,24 @@ class Gathered:
         return self.layout.dtype
 
     def sq_norm(self) -> jax.Array:
+        return measured(self)
+
+    def terms(self) -> Terms:
+        """`|g_b|^2` and what it was added up from."""
         of, t = ranks(self.ids), self.ids.shape[1]
 
         def columns(right: jax.Array) -> jax.Array:
             rows = by_rank(of, right, t)
             return einsum("bto,bto->b", rows, rows)
 
-        return by_blocks(columns, 2, self.right.size, self.right)
+        total = by_blocks(columns, 2, self.right.size, self.right)
+        if t <= 1:
+            return Terms(total, total, total)
+        lengths = jnp.sum(jnp.sqrt(einsum("bto,bto->bt", self.right, self.right)), axis=1)
+        return Terms(total, total, jnp.square(lengths))
 
     def inner(self, other: Form) -> jax.Array:
-        if isinstance(other, Sum):
+        if isinstance(other, Shared | Sum):
             return other.inner(self)
         if isinstance(other, Gathered):
             return self._dot(other) if other.layout == self.layout else _across(self, other)
@@ -278,6 +304,40 @@ class Gathered:
         return self.layout.to_parameter(jax.vmap(one)(self.ids, right))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["scales", "gradient"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """`g_b = c_b g`, with c [B] and g [1, *shape]: of a term of the parameters alone."""
+
+    scales: jax.Array
+    gradient: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.gradient.shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        return self.gradient.dtype
+
+    def sq_norm(self) -> jax.Array:
+        return jnp.square(self.scales) * _dot(self.gradient, self.gradient)
+
+    def inner(self, other: "Form") -> jax.Array:
+        if isinstance(other, Shared):
+            return self.scales * other.scales * _dot(self.gradient, other.gradient)
+        return self.scales * _along(other, self.gradient[0])
+
+    def weighted_sum(self, weights: jax.Array) -> jax.Array:
+        return (jnp.sum(weigh(self.scales, weights)) * self.gradient[0]).astype(self.dtype)
+
+    def materialize(self) -> jax.Array:
+        scales = self.scales.reshape(-1, *(1,) * len(self.shape))
+        return (scales * self.gradient).astype(self.dtype)
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Sum:
@@ -294,12 +354,21 @@ class Sum:
         return self.terms[0].dtype
 
     def sq_norm(self) -> jax.Array:
-        total = functools.reduce(jnp.add, (x.sq_norm() for x in self.terms))
+        return measured(self)
+
+    def sum_of_terms(self) -> Terms:
+        """`|g_b|^2` and what it was added up from."""
+        found = [_terms(x) for x in self.terms]
+        total, rough, size = (functools.reduce(jnp.add, some) for some in zip(*found, strict=True))
+        if all(x.rough is x.total for x in found):
+            rough = total
         for i, x in enumerate(self.terms):
-            for y in self.terms[:i]:
+            for j, y in enumerate(self.terms[:i]):
                 if not _apart(x, y):
                     total = total + 2 * x.inner(y)
-        return jnp.maximum(total, 0)
+                    rough = rough + 2 * jnp.sqrt(found[i].rough) * jnp.sqrt(found[j].rough)
+                    size = size + 2 * jnp.sqrt(found[i].size) * jnp.sqrt(found[j].size)
+        return Terms(total, rough, size)
 
     def inner(self, other: Form) -> jax.Array:
         return functools.reduce(jnp.add, (x.inner(other) for x in self.terms))
@@ -339,6 +408,8 @@ def scale(form: Form, factor: jax.Array | float) -> Form:
         return Dense(form.stacked * jnp.asarray(factor, form.dtype), form.reason)
     if isinstance(form, Sum):
         return Sum(tuple(scale(x, factor) for x in form.terms))
+    if isinstance(form, Shared):
+        return Shared(form.scales * jnp.asarray(factor, form.scales.dtype), form.gradient)
     factored: Any = form
     right = factored.right * jnp.asarray(factor, factored.right.dtype)
     return dataclasses.replace(factored, right=right)
@@ -362,12 +433,40 @@ def zero_like(parameter: Any, count: int) -> Form:
 
 def is_form(leaf: Any) -> bool:
     """Whether a leaf is a form; otherwise it is an array."""
-    return isinstance(leaf, Dense | Outer | Gathered | Sum)
+    return isinstance(leaf, Dense | Outer | Gathered | Shared | Sum)
 
 
 def terms(form: Form) -> tuple[Form, ...]:
     """The forms that a form is the sum of."""
     return form.terms if isinstance(form, Sum) else (form,)
+
+
+def over_examples(fun: Callable[[jax.Array], jax.Array], grads: Any) -> Any:
+    """`fun` of each array of a tree of forms that has the examples on its first axis."""
+
+    def one(x: Any) -> Any:
+        return Shared(fun(x.scales), x.gradient) if isinstance(x, Shared) else fun(x)
+
+    return jax.tree.map(one, grads, is_leaf=lambda x: isinstance(x, Shared))
+
+
+def _dot(one: jax.Array, other: jax.Array) -> jax.Array:
+    return einsum("n,n->", one.reshape(-1), other.reshape(-1))
+
+
+def _along(form: Any, gradient: jax.Array) -> jax.Array:
+    """`<g_b, h>` for one h, [*shape]: [B]."""
+    if isinstance(form, Sum):
+        return functools.reduce(jnp.add, (_along(x, gradient) for x in form.terms))
+    if isinstance(form, Shared):
+        return form.scales * _dot(form.gradient, gradient)
+    if isinstance(form, Dense):
+        stacked = form.stacked.reshape(form.stacked.shape[0], -1)
+        return einsum("bn,n->b", stacked, gradient.reshape(-1))
+    blocks = form.layout.from_parameter(gradient)
+    if isinstance(form, Outer):
+        return einsum("bkto,bkto->b", einsum("bkti,kio->bkto", form.left, blocks), form.right)
+    return einsum("bto,bto->b", blocks[0][form.ids], form.right)
 
 
 def _flat(forms: Sequence[Form]) -> list[Form]:
@@ -385,12 +484,107 @@ def _join(group: list[Any]) -> Form:
     if isinstance(first, Outer):
         left = jnp.concatenate([x.left for x in group], axis=2)
         right = jnp.concatenate([x.right for x in group], axis=2)
-        return Outer(left, right, first.layout)
+        precision = functools.reduce(_finer, (x.precision for x in group))
+        return Outer(left, right, first.layout, precision)
     if isinstance(first, Gathered):
         ids = jnp.concatenate([x.ids for x in group], axis=1)
         right = jnp.concatenate([x.right for x in group], axis=1)
         return Gathered(ids, right, first.layout)
     return Sum(tuple(group))
+
+
+def measured(form: "Outer | Gathered | Sum") -> jax.Array:
+    """`|g_b|^2`, also where the terms cancel that it is added up from."""
+    found = _terms(form)
+    if found.size is found.total:
+        return found.total
+    precisions = {getattr(x, "precision", None) for x in terms(form)}
+    rounded = precisions != {(lax.Precision.HIGHEST,) * 2}
+    return settled(found, math.prod(form.shape), lambda: _anew(form), rounded=rounded)
+
+
+def _anew(form: Any) -> jax.Array:
+    """`|g_b|^2` from the gradients themselves, in bounded memory."""
+    layouts = [x.layout for x in terms(form) if isinstance(x, Outer | Gathered)]
+    if not layouts:  # as large as what is stacked already
+        stacked = form.materialize().reshape(-1, math.prod(form.shape))
+        return einsum("bn,bn->b", stacked, stacked)
+    parts = [x._aligned(layouts[0]) if isinstance(x, Outer) else x for x in terms(form)]
+    if any(isinstance(x, Outer | Gathered) and x.layout != layouts[0] for x in parts):
+        return _anew_by_examples(form)
+    layout = layouts[0]
+    k, i, o = layout.sizes
+    wide = accumulator(layout.dtype)
+    columns = [_columns_of(x, layout) for x in parts]
+
+    def some(*rights: jax.Array) -> jax.Array:
+        whole = functools.reduce(
+            jnp.add,
+            (of(right).astype(wide) for (of, _), right in zip(columns, rights, strict=True)),
+        )
+        return einsum("bkio,bkio->b", whole, whole)
+
+    rights = [right for _, right in columns]
+    return by_blocks(some, 3, max(x.shape[0] for x in rights) * k * i * o, *rights)
+
+
+def _columns_of(form: Any, layout: Layout) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """What has columns on its last axis, and how some of them become columns of the gradient."""
+    if isinstance(form, Outer):
+        return (lambda right: einsum("bkti,bkto->bkio", form.left, right)), form.right
+    if isinstance(form, Gathered):
+        _, rows, _ = layout.sizes
+
+        def put(right: jax.Array) -> jax.Array:
+            return by_rank(form.ids, right[:, 0], rows)[:, None]
+
+        return put, form.right[:, None]
+    stacked = form.gradient if isinstance(form, Shared) else form.stacked
+    blocks = layout.from_parameter(stacked)
+    if isinstance(form, Shared):
+        return (lambda x: form.scales.reshape(-1, 1, 1, 1) * x), blocks
+    return (lambda x: x), blocks
+
+
+def _anew_by_examples(form: Any) -> jax.Array:
+    """The same for uses that see the parameter in different ways: from an example at a time."""
+
+    def one(b: jax.Array) -> jax.Array:
+        alone = over_examples(lambda x: lax.dynamic_slice_in_dim(x, b, 1), form)
+        whole = functools.reduce(jnp.add, [_wide(x).materialize() for x in terms(alone)])
+        return einsum("n,n->", whole.reshape(-1), whole.reshape(-1))
+
+    return lax.map(one, jnp.arange(jax.tree.leaves(form)[0].shape[0]))
+
+
+def _terms(form: Any) -> Terms:
+    if isinstance(form, Sum):
+        return form.sum_of_terms()
+    if isinstance(form, Dense | Shared):
+        total = form.sq_norm()
+        return Terms(total, total, total)
+    return form.terms()
+
+
+def _wide(form: Any) -> Form:
+    """With the gradient in float32 at least."""
+    if isinstance(form, Dense):
+        return Dense(form.stacked.astype(accumulator(form.dtype)))
+    if isinstance(form, Shared):
+        return Shared(form.scales, form.gradient.astype(accumulator(form.dtype)))
+    return dataclasses.replace(form, layout=form.layout.cast(accumulator(form.dtype)))
+
+
+def _finer(one: Any, other: Any) -> Any:
+    """Of two precisions the one that rounds less; None is the default."""
+    if one is None or other is None or one == other:
+        return other if one is None else one
+
+    def rank(precision: Any) -> int:
+        pair = precision if isinstance(precision, tuple) else (precision, precision)
+        return min(int(getattr(p, "value", 0)) for p in pair)
+
+    return max(one, other, key=rank)
 
 
 def _is_part(form: Any) -> bool:

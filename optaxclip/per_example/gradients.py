@@ -9,9 +9,9 @@ import jax
 from optaxclip._leaves import Tree
 from optaxclip.per_example import rules as rules
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
-from optaxclip.per_example.cotangents import value_and_forms
+from optaxclip.per_example.explicit_axes import on_automatic_axes
+from optaxclip.per_example.factored import factored
 from optaxclip.per_example.fallbacks import refuse_fallbacks
-from optaxclip.per_example.flatten import trace
 from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.trees import sq_norms
@@ -79,8 +79,11 @@ def per_example_grad(
 
     @functools.wraps(fun)
     def grad(*args: Any, **kwargs: Any) -> Any:
-        _, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
-        return (grads, aux) if has_aux else grads
+        def run(*args: Any, **kwargs: Any) -> Any:
+            _, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
+            return (grads, aux) if has_aux else grads
+
+        return on_automatic_axes(run, options.examples_of(args), args, kwargs)
 
     return grad
 
@@ -118,8 +121,11 @@ def per_example_value_and_grad(
 
     @functools.wraps(fun)
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:
-        losses, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
-        return ((losses, aux), grads) if has_aux else (losses, grads)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            losses, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
+            return ((losses, aux), grads) if has_aux else (losses, grads)
+
+        return on_automatic_axes(run, options.examples_of(args), args, kwargs)
 
     return value_and_grad
 
@@ -160,9 +166,12 @@ def per_example_norms(
 
     @functools.wraps(fun)
     def norms(*args: Any, **kwargs: Any) -> Any:
-        _, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
-        found = root(sq_norms(grads))
-        return (found, aux) if has_aux else found
+        def run(*args: Any, **kwargs: Any) -> Any:
+            _, aux, grads = evaluate(call_of(fun, options, args, kwargs), options, strict)
+            found = root(sq_norms(grads))
+            return (found, aux) if has_aux else found
+
+        return on_automatic_axes(run, options.examples_of(args), args, kwargs)
 
     return norms
 
@@ -174,13 +183,6 @@ def evaluate(call: Call, options: Options, strict: bool = False) -> tuple[jax.Ar
         return call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
 
     if strict:  # by shapes alone, before anything is stacked
-        refuse_fallbacks(jax.eval_shape(lambda: grads_of(factored(call)[2])))
-    losses, aux, forms = factored(call)
-    return losses, unbatched_aux(aux, options), grads_of(forms)
-
-
-def factored(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
-    """Losses [B], aux [B, ...] and the gradients of each array of `call.params`."""
-    program, aux_tree = trace(call.fun, call.params, call.example)
-    losses, aux, forms = value_and_forms(program, call.params, call.batch, call.spmd_axis_name)
-    return losses, jax.tree.unflatten(aux_tree, aux), forms
+        refuse_fallbacks(jax.eval_shape(lambda: grads_of(factored(call).forms)))
+    found = factored(call)
+    return found.losses, unbatched_aux(found.aux, options), grads_of(found.forms)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optaxclip._leaves import Tree, path_name, place
 from optaxclip._reductions import accumulator
@@ -24,6 +26,7 @@ class Incoming:
     @classmethod
     def of(cls, grads: Tree, params: Tree | None = None) -> "Incoming":
         """Raises where leaves differ in their number of examples, or are not shaped like params."""
+        _check_whole(grads)
         size = examples_of(grads)
         leaves, structure = jax.tree.flatten(grads, is_leaf=is_form)
         forms: list[Form] = [x if is_form(x) else Dense(x) for x in leaves]
@@ -41,6 +44,25 @@ class Incoming:
     def update(self, sums: list[jax.Array]) -> Tree:
         """One array per leaf -> a tree like the parameters."""
         return jax.tree.unflatten(jax.tree.structure(self.like), sums)
+
+
+def _check_whole(grads: Tree) -> None:
+    """Raises inside `optax.masked` or `optax.partition`: what they set aside stays per example."""
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    for path, leaf in jax.tree.leaves_with_path(
+        grads, is_leaf=lambda x: is_form(x) or is_masked(x)
+    ):
+        if is_masked(leaf):
+            raise ValueError(
+                "per-example gradients must be aggregated as a whole, got"
+                f" {place(path_name(path))} set aside by optax.masked or optax.partition: it would"
+                " stay a gradient for each example, which no optimizer can apply. Differentiate"
+                " the trained part alone, per_example_grad(lambda trained, x: loss({**frozen,"
+                " **trained}, x)), or put clip_per_example in front of optax.masked or partition."
+            )
 
 
 def examples_of(grads: Tree) -> int:

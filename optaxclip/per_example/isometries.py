@@ -1,8 +1,9 @@
 """Operations on parameters alone through which a form goes back factored.
 
 A rule takes the form of an output to those of the inputs: `[(input, form), ...]`, inputs that
-receive nothing left out, or None where nothing factored is known. Reshapes, transposes, slices
-and reversals move labels; scalar factors, matrix products and joins change the factors.
+receive nothing left out, or None where nothing factored is known. Here are those that move labels
+and cut factors: identities, reshapes, transposes, parts of a whole and joins. Those that compute
+new factors are in `factor_maps`.
 """
 
 import dataclasses
@@ -14,12 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._compat import Primitive, split_p, stack_p, unstack_p
+from optaxclip._compat import Primitive, optimization_barrier_p, split_p, stack_p, unstack_p
 from optaxclip._compat import primitives as P  # noqa: N812
-from optaxclip._reductions import accumulator
-from optaxclip.per_example.contractions import by_examples, einsum
-from optaxclip.per_example.forms import Dense, Form, Gathered, Outer, scale
-from optaxclip.per_example.layout import Layout
+from optaxclip.per_example.forms import Dense, Form, Gathered, Outer
+from optaxclip.per_example.layout import Layout, first, last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Passage:
     """The inputs that depend on parameters."""
     operands: tuple[Any, ...]
     params: dict[str, Any]
+    repeated: tuple[int | None, ...] = ()
+    """Of each operand that was made from a vector by repeating it: the axis of the vector."""
 
 
 Moved = list[tuple[int, Form]] | None
@@ -43,6 +44,8 @@ _RULES: dict[Primitive | None, Rule] = {}
 
 def moved(form: Form, passage: Passage) -> Moved:
     """The forms of the inputs, still factored; None if there are none."""
+    if passage.primitive in _IDENTITIES:
+        return [(passage.output, form)]
     rule = _RULES.get(passage.primitive)
     dtypes = (form.dtype, passage.operands[0].dtype)
     if rule is None or not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
@@ -62,7 +65,9 @@ def _as_outer(form: Dense) -> Outer:
     return Outer(form.stacked.reshape(count, 1, 1, -1), ones, layout)
 
 
-def _rule(*primitives: Primitive | None) -> Callable[[Rule], Rule]:
+def through(*primitives: Primitive | None) -> Callable[[Rule], Rule]:
+    """Decorate the rule of the forms that go back through some primitives."""
+
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(primitives, rule))
         return rule
@@ -77,37 +82,39 @@ def _relabelled(form: Any, layout: Layout | None) -> Moved:
     return None if layout is None else [(0, replace(form, layout=layout))]
 
 
-@_rule(P.reshape_p)
+@through(P.reshape_p)
 def _reshape(form: Any, to: Passage) -> Moved:
     transposes = to.params["dimensions"] is not None
     return None if transposes else _relabelled(form, form.layout.reshaped(to.operands[0].shape))
 
 
-@_rule(P.squeeze_p)
+@through(P.squeeze_p)
 def _squeeze(form: Any, to: Passage) -> Moved:
     return _relabelled(form, form.layout.reshaped(to.operands[0].shape))
 
 
-@_rule(P.broadcast_in_dim_p)
+@through(P.broadcast_in_dim_p)
 def _new_axes(form: Any, to: Passage) -> Moved:
     same = to.operands[0].size == math.prod(form.shape)
     return _relabelled(form, form.layout.reshaped(to.operands[0].shape)) if same else None
 
 
-@_rule(P.transpose_p)
+@through(P.transpose_p)
 def _transpose(form: Any, to: Passage) -> Moved:
     layout = form.layout.transposed(to.params["permutation"], to.operands[0].shape)
     return _relabelled(form, layout)
 
 
-@_rule(P.convert_element_type_p)
+@through(P.convert_element_type_p)
 def _cast(form: Any, to: Passage) -> Moved:
     return _relabelled(form, form.layout.cast(to.operands[0].dtype))
 
 
-@_rule(P.copy_p)
-def _same(form: Any, to: Passage) -> Moved:
-    return [(0, form)]
+# Output k is input k: for the compiler, for a checkpoint's policy, for a device.
+_IDENTITIES = frozenset({
+    P.copy_p, P.name_p, P.sharding_constraint_p, P.device_put_p, P.reduce_precision_p,
+    optimization_barrier_p,
+})  # fmt: skip
 
 
 # Parts of a whole.
@@ -117,24 +124,24 @@ def _placed(form: Any, to: Passage, ranges: Iterable[range]) -> Moved:
     return _relabelled(form, form.layout.placed(to.operands[0].shape, tuple(ranges)))
 
 
-@_rule(P.slice_p)
+@through(P.slice_p)
 def _slice(form: Any, to: Passage) -> Moved:
     steps = to.params["strides"] or (1,) * len(form.shape)
     ends = to.params["limit_indices"]
     return _placed(form, to, map(range, to.params["start_indices"], ends, steps))
 
 
-@_rule(P.dynamic_slice_p)
+@through(P.dynamic_slice_p)
 def _dynamic_slice(form: Any, to: Passage) -> Moved:
     whole, *starts = to.operands
     if any(isinstance(x, jax.core.Tracer) for x in starts):
         return None
     room = (d - n for d, n in zip(whole.shape, form.shape, strict=True))
-    first = [min(max(int(x), 0), most) for x, most in zip(starts, room, strict=True)]
-    return _placed(form, to, [range(x, x + n) for x, n in zip(first, form.shape, strict=True)])
+    begin = [min(max(int(x), 0), most) for x, most in zip(starts, room, strict=True)]
+    return _placed(form, to, [range(x, x + n) for x, n in zip(begin, form.shape, strict=True)])
 
 
-@_rule(split_p)
+@through(split_p)
 def _split(form: Any, to: Passage) -> Moved:
     axis, sizes = to.params["axis"], to.params["sizes"]
     ranges = list(map(range, form.shape))
@@ -143,7 +150,7 @@ def _split(form: Any, to: Passage) -> Moved:
     return _placed(form, to, ranges)
 
 
-@_rule(unstack_p)
+@through(unstack_p)
 def _unstack(form: Any, to: Passage) -> Moved:
     axis, shape = to.params["axis"], form.shape
     layout = form.layout.reshaped((*shape[:axis], 1, *shape[axis:]))
@@ -153,7 +160,7 @@ def _unstack(form: Any, to: Passage) -> Moved:
     return _placed(replace(form, layout=layout), to, ranges)
 
 
-@_rule(P.rev_p)
+@through(P.rev_p)
 def _rev(form: Any, to: Passage) -> Moved:
     back = to.params["dimensions"]
     sizes = enumerate(form.shape)
@@ -166,7 +173,7 @@ _PARTS = frozenset({P.slice_p, P.dynamic_slice_p, split_p, unstack_p})
 # Joins.
 
 
-@_rule(P.concatenate_p)
+@through(P.concatenate_p)
 def _concatenate(form: Any, to: Passage) -> Moved:
     axis, start, found = to.params["dimension"], 0, []
     for k, operand in enumerate(to.operands):
@@ -178,7 +185,7 @@ def _concatenate(form: Any, to: Passage) -> Moved:
     return found
 
 
-@_rule(stack_p)
+@through(stack_p)
 def _stack(form: Any, to: Passage) -> Moved:
     axis, found = to.params["axis"], []
     for k, operand in enumerate(to.operands):
@@ -191,7 +198,7 @@ def _stack(form: Any, to: Passage) -> Moved:
     return found
 
 
-@_rule(P.pad_p)
+@through(P.pad_p)
 def _pad(form: Any, to: Passage) -> Moved:
     config = to.params["padding_config"]
     if to.active != (0,) or any(low < 0 or high < 0 or inside for low, high, inside in config):
@@ -209,13 +216,13 @@ def _cut(form: Any, starts: Sequence[int], shape: tuple[int, ...]) -> list[Any] 
     for here, start, size in zip(
         layout.part or map(range, layout.shape), starts, shape, strict=True
     ):
-        low, high = max(min(here), start), min(max(here) + 1, start + size)
+        low, high = max(first(here), start), min(last(here) + 1, start + size)
         if low >= high:
             return []
         if here.step == 1:
             cuts.append(slice(low - here.start, high - here.start))
             part.append(range(low - start, high - start))
-        elif low == min(here) and high == max(here) + 1:
+        elif low == first(here) and high == last(here) + 1:
             cuts.append(slice(None))
             part.append(range(here.start - start, here.stop - start, here.step))
         else:
@@ -237,94 +244,10 @@ def _cut_factors(form: Any, cuts: list[slice], layout: Layout) -> list[Any] | No
 
     if isinstance(form, Outer):
         left, right = cut(cut(form.left, 3, i), 1, k), cut(cut(form.right, 3, o), 1, k)
-        return [Outer(left, right, layout)]
+        return [Outer(left, right, layout, form.precision)]
     if len(i) != 1:
         return None
     rows = range(sizes[i[0]])[cuts[i[0]]]
     inside = (form.ids >= rows.start) & (form.ids < rows.stop)
     right = jnp.where(inside[:, :, None], cut(form.right, 2, o), 0)
     return [Gathered(jnp.clip(form.ids - rows.start, 0, len(rows) - 1), right, layout)]
-
-
-# Arithmetic.
-
-
-@_rule(P.neg_p)
-def _neg(form: Any, to: Passage) -> Moved:
-    return [(0, scale(form, -1))]
-
-
-@_rule(P.add_p)
-def _add(form: Any, to: Passage) -> Moved:
-    return [(p, _summed(form, to.operands[p].shape)) for p in to.active]
-
-
-@_rule(P.sub_p)
-def _sub(form: Any, to: Passage) -> Moved:
-    found = [(p, _summed(form, to.operands[p].shape)) for p in to.active]
-    return [(p, scale(x, -1) if p == 1 else x) for p, x in found]
-
-
-def _summed(form: Any, shape: tuple[int, ...]) -> Form:
-    """Of an operand that was broadcast: summed over what it was repeated along."""
-    if shape == form.shape:
-        return form
-    # A scalar is repeated along all axes, anything else along those where its length is one.
-    axes = [a for a, d in enumerate(form.shape) if not shape or shape[a] != d]
-    wide = form.layout.cast(accumulator(form.dtype))
-
-    def some(form: Any) -> jax.Array:
-        stacked = replace(form, layout=wide).materialize()
-        return jnp.sum(stacked, axis=[1 + a for a in axes]).reshape(len(stacked), *shape)
-
-    return Dense(by_examples(some, math.prod(form.shape), form).astype(form.dtype))
-
-
-@_rule(P.mul_p)
-def _mul(form: Any, to: Passage) -> Moved:
-    if len(to.active) != 1:
-        return None
-    (mine,) = to.active
-    factor = to.operands[1 - mine]
-    return [(mine, scale(form, factor))] if jnp.ndim(factor) == 0 else None
-
-
-@_rule(P.div_p)
-def _div(form: Any, to: Passage) -> Moved:
-    divisor = to.operands[1]
-    if to.active != (0,) or jnp.ndim(divisor) != 0:
-        return None
-    return [(0, scale(form, 1 / divisor))]
-
-
-@_rule(P.dot_general_p)
-def _product(form: Any, to: Passage) -> Moved:
-    """`M = P Q`: with `dM_b = l r^T`, `dP_b = l (Q r)^T` and `dQ_b = (P^T l) r^T`."""
-    (contract, contract2), (batch, _) = to.params["dimension_numbers"]
-    layout = form.layout
-    if not isinstance(form, Outer) or batch or layout.split or layout.part or layout.roles[0]:
-        return None
-    first, second = to.operands
-    free = [a for a in range(first.ndim) if a not in contract]
-    free2 = [a for a in range(second.ndim) if a not in contract2]
-    n = len(free)
-    if set(layout.roles[1]) != set(range(n)):
-        form, layout = Outer(form.right, form.left, layout.swapped()), layout.swapped()
-    if set(layout.roles[1]) != set(range(n)):
-        return None
-    rows = tuple(free[a] for a in layout.roles[1])
-    columns = tuple(free2[a - n] for a in layout.roles[2])
-    order = tuple(contract)
-    roles: Any = ((), rows, order)
-    right = _through(form.right, second, columns, contract2)
-    one = Outer(form.left, right, Layout(first.shape, first.dtype, roles))
-    roles = ((), tuple(contract2), columns)
-    left = _through(form.left, first, rows, contract)
-    return [(0, one), (1, Outer(left, form.right, Layout(second.shape, second.dtype, roles)))]
-
-
-def _through(factor: Any, matrix: Any, axes: tuple[int, ...], left: Sequence[int]) -> Any:
-    """A factor [B, 1, T, axes] times a matrix: [B, 1, T, left]."""
-    flat = matrix.transpose(*axes, *left).reshape(factor.shape[-1], -1)
-    product = einsum("bkti,io->bkto", factor, flat)
-    return product.astype(jnp.promote_types(factor.dtype, flat.dtype))

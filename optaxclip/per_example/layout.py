@@ -60,7 +60,7 @@ class Layout:
         lead = part.ndim - len(self.shape)
         zero = jnp.zeros((), part.dtype)
         padding = [
-            (min(r), d - 1 - max(r), abs(r.step) - 1)
+            (first(r), d - 1 - last(r), abs(r.step) - 1)
             for r, d in zip(self.part, self.shape, strict=True)
         ]
         return lax.pad(self._reversed(part), zero, [(0, 0, 0)] * lead + padding)
@@ -93,7 +93,7 @@ class Layout:
         if self.part is None or other.part is None:
             return False
         pairs = zip(self.part, other.part, strict=True)
-        return any(set(x).isdisjoint(y) for x, y in pairs if x != y)
+        return any(_disjoint(x, y) for x, y in pairs if x != y)
 
     def _part_of(self, whole: jax.Array) -> jax.Array:
         if self.part is None:
@@ -102,8 +102,8 @@ class Layout:
         ones = (1,) * len(lead)
         part = lax.slice(
             whole,
-            (*(0 for _ in lead), *map(min, self.part)),
-            (*lead, *(max(r) + 1 for r in self.part)),
+            (*(0 for _ in lead), *map(first, self.part)),
+            (*lead, *(last(r) + 1 for r in self.part)),
             (*ones, *(abs(r.step) for r in self.part)),
         )
         return self._reversed(part)
@@ -173,6 +173,25 @@ class Layout:
         k, i, o = (tuple(-1 - a for a in axes) for axes in roles)
         ones = tuple(a for a, d in enumerate(shape) if d == 1)
         return (k + ones, i, o)
+
+
+def first(numbers: range) -> int:
+    """The least of them. `min` walks through them all: seconds for a long axis cut into parts."""
+    return min(numbers[0], numbers[-1])
+
+
+def last(numbers: range) -> int:
+    """The largest of them."""
+    return max(numbers[0], numbers[-1])
+
+
+def _disjoint(x: range, y: range) -> bool:
+    """Whether two ranges have no number in common, where that is quick to see."""
+    if not x or not y:
+        return True
+    if max(first(x), first(y)) > min(last(x), last(y)):
+        return True
+    return (x.start - y.start) % math.gcd(x.step, y.step) != 0
 
 
 def _compose(outer: range, inner: range) -> range:

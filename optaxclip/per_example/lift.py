@@ -18,12 +18,12 @@ def of_constant(form: Form) -> Form:
     """Of a value that all steps share: the steps are summed over, along T where it is factored."""
     if isinstance(form, Outer):
         left, right = (_merged(jnp.moveaxis(x, 1, 2), 2) for x in (form.left, form.right))
-        return Outer(left, right, form.layout)
+        return Outer(left, right, form.layout, form.precision)
     if isinstance(form, Gathered):
         return Gathered(_merged(form.ids, 1), _merged(form.right, 1), form.layout)
     if isinstance(form, Sum):
         return add([of_constant(x) for x in form.terms])
-    dense: Any = form
+    dense: Any = _stacked_steps(form)
     wide = accumulator(dense.dtype) if jnp.issubdtype(dense.dtype, jnp.floating) else None
     stacked = jnp.sum(dense.stacked, axis=1, dtype=wide).astype(dense.dtype)
     return Dense(stacked, dense.reason)
@@ -33,7 +33,7 @@ def of_slices(form: Form, length: int) -> Form:
     """Of a value [L, ...] of which step `l` sees slice `l`: the steps become blocks K, or rows."""
     if isinstance(form, Outer):
         left, right = (_merged(x, 1) for x in (form.left, form.right))
-        return Outer(left, right, _stacked(form.layout, length, 0))
+        return Outer(left, right, _stacked(form.layout, length, 0), form.precision)
     if isinstance(form, Gathered):
         _, rows, _ = form.layout.sizes
         ids = form.ids + rows * jnp.arange(length, dtype=form.ids.dtype)[:, None]
@@ -41,7 +41,15 @@ def of_slices(form: Form, length: int) -> Form:
         return Gathered(_merged(ids, 1), _merged(form.right, 1), layout)
     if isinstance(form, Sum):
         return add([of_slices(x, length) for x in form.terms])
-    return form
+    return _stacked_steps(form)
+
+
+def _stacked_steps(form: Any) -> Dense:
+    """A dense form as it is, one of scales [B, L] and gradients [1, L, *shape] stacked."""
+    if isinstance(form, Dense):
+        return form
+    scales = form.scales.reshape(*form.scales.shape, *(1,) * (form.gradient.ndim - 2))
+    return Dense((scales * form.gradient).astype(form.dtype))
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.contractions import by_rank, ranks
-from optaxclip.per_example.forms import Form, Gathered, Outer
+from optaxclip.per_example.explicit_axes import of_gradients
+from optaxclip.per_example.forms import Form, Gathered, Outer, over_examples
 from optaxclip.per_example.incoming import Incoming
 from optaxclip.per_example.trees import cast
 
@@ -16,6 +17,7 @@ from optaxclip.per_example.trees import cast
 _AT_ONCE = 2**24
 
 
+@of_gradients
 def second_moment(grads: Tree) -> Tree:
     """`1/B sum_b g_b^2`, elementwise: what an Adam of per-example gradients divides by.
 
@@ -78,12 +80,13 @@ def _by_parts(form: Form) -> jax.Array:
     number = len(jax.tree.leaves(form)[0])
     most = max(1, _AT_ONCE // max(1, jax.ShapeDtypeStruct(form.shape, form.dtype).size))
     size = max(k for k in range(1, min(number, most) + 1) if number % k == 0)
-    parts = jax.tree.map(lambda x: x.reshape(number // size, size, *x.shape[1:]), form)
 
-    def add(total: jax.Array, part: Form) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        part = over_examples(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), form)
         return total + jnp.sum(_squared(part.materialize()), axis=0), None
 
-    return jax.lax.scan(add, jnp.zeros(form.shape, form.dtype), parts)[0]
+    starts = jnp.arange(0, number, size)
+    return jax.lax.scan(add, jnp.zeros(form.shape, form.dtype), starts)[0]
 
 
 def _squared(x: jax.Array) -> jax.Array:

@@ -16,12 +16,10 @@ from optaxclip.per_example.costs import (
     plain_flops,
     sum_flops,
 )
-from optaxclip.per_example.cotangents import value_and_forms
+from optaxclip.per_example.factored import factored
 from optaxclip.per_example.fallbacks import reason
-from optaxclip.per_example.flatten import trace
 from optaxclip.per_example.forms import Form, is_form, terms, zero_like
 from optaxclip.per_example.table import amount, note, table
-from optaxclip.per_example.uses import users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,18 @@ class Plan:
             f" {amount(costs.residual_bytes, 'B')}, {amount(self.plain_flops, 'FLOP')}.",
             f"The norms add {amount(costs.norm_flops, 'FLOP')} ({share:.1%}).",
             f'method="auto" takes {costs.method}.',
+            *self._advice(),
         ]
+
+    def _advice(self) -> list[str]:
+        """Where the two lines, per_example_grad and clip_per_example, are not the best way."""
+        costs, parts = self.costs, self.costs.parts()
+        if costs.method == "vmap" and costs.factor_bytes > costs.stacked_bytes:
+            share = costs.factor_bytes / max(costs.stacked_bytes, 1)
+            return [f"per_example_grad holds {share:.1f} times as much: take clipped_grad."]
+        if parts > 1:
+            return [f"clipped_grad takes the batch in {parts} parts, per_example_grad in one."]
+        return []
 
 
 def explain(
@@ -138,6 +147,8 @@ def explain(
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
     leaves, structure = jax.tree.flatten(((params, batch, *args), kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
+    # Without how they are split: nothing is computed.
+    arrays = {i: jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in arrays.items()}
     plans: list[Plan] = []
 
     def plan(arrays: dict[int, Any]) -> None:
@@ -151,18 +162,15 @@ def explain(
 
 def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
     call = call_of(fun, options, args, kwargs)
-    program, _ = trace(call.fun, call.params, call.example)
-    _, _, forms = value_and_forms(program, call.params, call.batch)
-    grads = call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
-    reached = users(program.block)
-    counts = [len(reached[number]) for number in program.params]
-    uses = jax.tree.leaves(call.like_params(counts, lambda leaf: 0))
+    found = factored(call)
+    grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, call.size))
+    uses = jax.tree.leaves(call.like_params(found.uses, lambda leaf: 0))
     leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
     rows = [
         _row(place(path_name(path)), form, count, call.size)
         for (path, form), count in zip(leaves, uses, strict=True)
     ]
-    return Plan(tuple(rows), costs_of(call, forms), plain_flops(call))
+    return Plan(tuple(rows), costs_of(call, found.forms), plain_flops(call))
 
 
 def _row(path: str, form: Form, uses: int, examples: int) -> Row:
@@ -188,7 +196,7 @@ def _factors(form: Form) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    used = row.uses > 0
+    used = row.uses > 0 or bool(row.fallback)
     return (
         row.path,
         "x".join(map(str, row.shape)) or "scalar",

@@ -9,9 +9,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, Protocol
 
-import jax.numpy as jnp
-
-from optaxclip._compat import JaxprEqn, bind, primitives
+from optaxclip._compat import JaxprEqn, bind
+from optaxclip.per_example.assumptions import is_differentiable, is_flat
 from optaxclip.per_example.forms import Form
 
 Values = dict[int, Any]
@@ -34,7 +33,7 @@ class Equation:
     def differentiable(self) -> tuple[int, ...]:
         """Positions of the outputs through which gradients flow."""
         avals: list[Any] = [v.aval for v in self.eqn.outvars]
-        return tuple(k for k, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.inexact))
+        return tuple(k for k, a in enumerate(avals) if is_differentiable(a))
 
     def evaluate(self, values: Values) -> tuple[Any, ...]:
         """Add the outputs to `values`; the operands."""
@@ -100,6 +99,9 @@ class Program:
     params: tuple[int, ...]
     example: tuple[int, ...]
     block: Block
+    linear: bool
+    """Whether all backward rules are JAX's own, so that the gradient of a loss scaled by `c` is `c`
+    times the gradient."""
 
 
 def evaluate_once(block: Block, values: Values) -> None:
@@ -113,7 +115,7 @@ def reach(block: Block, wanted: set[int]) -> None:
     for equation in reversed(block.each):
         if not isinstance(equation, Equation):
             equation.reach(wanted)
-        elif equation.eqn.primitive is not primitives.stop_gradient_p:
+        elif not is_flat(equation.eqn):
             flows = (equation.outputs[k] in wanted for k in equation.differentiable)
             wanted.update(equation.inputs if any(flows) else ())
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._reductions import accumulator
-from optaxclip.per_example.forms import Dense, Form, Outer, Sum, terms
+from optaxclip.per_example.forms import Dense, Form, Outer, Shared, Sum, terms
 
 # Stands for the exponent of zero.
 _NOTHING = -(2**20)
@@ -67,6 +67,9 @@ def _scaled(form: Form, top: jax.Array) -> Form:
     if isinstance(form, Dense):
         return Dense(_shifted(form.stacked, -top))
     term: Any = form
+    if isinstance(term, Shared):
+        shift = _largest(term.gradient)
+        return Shared(_shifted(term.scales, shift - top), _shifted(term.gradient, -shift))
     if isinstance(term, Outer):
         left = _largest(term.left)
         return dataclasses.replace(
@@ -78,6 +81,8 @@ def _scaled(form: Form, top: jax.Array) -> Form:
 def _factors(term: Any) -> tuple[jax.Array, ...]:
     if isinstance(term, Dense):
         return (term.stacked,)
+    if isinstance(term, Shared):
+        return term.scales, term.gradient
     return (term.left, term.right) if isinstance(term, Outer) else (term.right,)
 
 

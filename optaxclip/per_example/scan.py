@@ -5,6 +5,7 @@ step. So the known values of a body follow from what is constant, and from slice
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip._compat import JaxprEqn, scan_counts
+from optaxclip._compat import JaxprEqn, primitives, scan_counts, source_line
 from optaxclip.per_example import lift
+from optaxclip.per_example.assumptions import UnseenError, is_linear
+from optaxclip.per_example.checkpoint import Checkpoint
 from optaxclip.per_example.forms import Form, add
 from optaxclip.per_example.partial import known_outputs, which_known
-from optaxclip.per_example.program import Block, Found, Users, Values, evaluate_once, reach
+from optaxclip.per_example.program import (
+    Block,
+    Equation,
+    Found,
+    Users,
+    Values,
+    evaluate_once,
+    reach,
+)
 from optaxclip.per_example.uses import users
 from optaxclip.per_example.walk import body_forms, run, zero_taps
 
@@ -115,19 +126,81 @@ def flatten_scan(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> Sequen
     """Append a scan that is not known as a whole; the numbers of its outputs."""
     if all(map(builder.is_known, inputs)):
         return None
+    before = builder.snapshot()
+    outputs, body = _flatten(builder, eqn, inputs)
+    start, _ = scan_counts(eqn)
+    heavy = _heavy(builder, body, inputs[:start]) if eqn.params["length"] > 1 else set()
+    if heavy:
+        builder.restore(before)
+        avals: list[Any] = [v.aval for v in eqn.invars]
+        pairs = enumerate(zip(inputs, avals, strict=True))
+        inputs = [builder.met(i, a) if k < start and i in heavy else i for k, (i, a) in pairs]
+        outputs, _ = _flatten(builder, eqn, inputs)
+    return outputs
+
+
+def _heavy(builder: "Builder", body: Block, constants: Sequence[int]) -> set[int]:
+    """The constants of which gradients would be stacked for every step, to be added up later.
+
+    They are copied for each example before the loop instead, so that JAX adds up their gradients
+    as it goes back through it. A bias is none: it has the cotangent of the product it is added to,
+    which is held in any case.
+    """
+    taps = _taps(body)
+    held = {tap for e, own in taps.items() if e.eqn.primitive in _FACTORED for tap in own}
+    known = sorted((*itertools.chain(*builder.once), *body.once), key=lambda e: e.outputs)
+    heavy = set()
+    for constant in builder.active.intersection(constants):
+        reached = {constant}
+        for equation in known:
+            if not reached.isdisjoint(equation.inputs):
+                reached.update(builder.active.intersection(equation.outputs))
+        mine = [e for e in taps if not reached.isdisjoint(e.inputs)]
+        factored = any(e.eqn.primitive in _FACTORED for e in mine)
+        if not factored and any(taps[e].isdisjoint(held) for e in mine):
+            heavy.add(constant)
+    return heavy
+
+
+def _taps(body: Block) -> dict[Equation, set[int]]:
+    """The uses of a body, inside checkpoints too, and the values whose cotangents they have.
+
+    Loops and branches within see to theirs.
+    """
+    found: dict[Equation, set[int]] = {}
+    for item in body.each:
+        if isinstance(item, Checkpoint):
+            found.update(_taps(item.body))
+        elif isinstance(item, Equation) and item.use:
+            found[item] = {body.tapped[item.outputs[k]] for k in item.differentiable}
+    return found
+
+
+_FACTORED = frozenset({
+    primitives.dot_general_p, primitives.conv_general_dilated_p, primitives.gather_p,
+    primitives.dynamic_slice_p,
+})  # fmt: skip
+
+
+def _flatten(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> tuple[Sequence[int], Block]:
     p = eqn.params
     start, count = scan_counts(eqn)
     stop = start + count
     known = _known_inputs(eqn, [*map(builder.is_known, inputs)])
     outputs_known = which_known(p["jaxpr"], known)
     ahead = _scan_known(builder, eqn, inputs, known, outputs_known)
+    active = not builder.active.isdisjoint([*ahead.steps.values(), *ahead.outputs.values()])
+    if active and not is_linear(eqn):  # a rule would meet parts of its cotangent, not their sum
+        why = "with a rule of the user's on carries that depend on parameters alone"
+        error = UnseenError(f"{eqn.primitive} {why}, at {source_line(eqn)}")
+        raise error
 
     avals: list[Any] = [v.aval for v in eqn.invars]
     varying = [k for k in range(start, stop) if not known[k]]
     init = tuple(builder.met(inputs[k], avals[k]) for k in varying)
-    builder.open()
-    numbers = list(inputs)
     xs: dict[int, int] = {}
+    builder.open(xs)
+    numbers = list(inputs)
     for k in range(start, len(inputs)):
         numbers[k] = builder.known() if known[k] else builder.data()
         if k >= stop:
@@ -135,7 +208,7 @@ def flatten_scan(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> Sequen
         elif known[k]:
             xs[numbers[k]] = ahead.steps[k]
     builder.active.update(n for n, whole in xs.items() if whole in builder.active)
-    outputs = builder.inline_closed(p["jaxpr"], numbers)
+    outputs = builder.inline_body(p["jaxpr"], numbers, eqn)
     out_avals: list[Any] = p["jaxpr"].out_avals
     left = [k - start for k in varying]
     left += [k for k in range(count, len(outputs)) if not outputs_known[k]]
@@ -156,7 +229,7 @@ def flatten_scan(builder: "Builder", eqn: JaxprEqn, inputs: list[int]) -> Sequen
         )
     )
     found.update(ahead.outputs)
-    return [found[k] for k in range(len(outputs))]
+    return [found[k] for k in range(len(outputs))], body
 
 
 @dataclasses.dataclass(frozen=True)

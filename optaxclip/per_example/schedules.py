@@ -16,9 +16,10 @@ from optaxclip._leaves import Tree
 from optaxclip._reductions import accumulator
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
 from optaxclip.per_example.costs import Costs, Method, costs_of, total_loss
+from optaxclip.per_example.explicit_axes import on_automatic_axes
+from optaxclip.per_example.factored import Factored, factored, stacked
 from optaxclip.per_example.fallbacks import refuse_fallbacks
-from optaxclip.per_example.forms import Dense, Form, zero_like
-from optaxclip.per_example.gradients import factored
+from optaxclip.per_example.forms import zero_like
 from optaxclip.per_example.microbatches import accumulated, check_divides
 from optaxclip.per_example.trees import cast, sq_norms, weighted_sum
 
@@ -61,7 +62,8 @@ def reweighted_grad(
       argnums: as for `per_example_grad`, and so are the options below.
       method: `"one_pass"`: norms and sum from factored gradients, which are held in between.
         `"two_pass"`: norms from factored gradients, then the gradient of `sum_b c_b loss_b`:
-        a second forward and backward pass. `"vmap"`: the gradients of all examples, stacked.
+        a second forward and backward pass; one pass where a `custom_vjp` in the loss may not be
+        linear, as the loss cannot be scaled then. `"vmap"`: the gradients of all examples, stacked.
         `"auto"`: one pass or stacked, by bytes and operations estimated from shapes.
       microbatch_size: how many examples to take at a time, in a `lax.scan`: a divisor of B. What
         is held is then that of so many examples, and `weights` sees so many at a time. `"auto"`:
@@ -105,15 +107,14 @@ def reweighted_grad(
     if microbatch_size is not None and microbatch_size != "auto":
         check_count(microbatch_size, "microbatch_size")
 
-    @functools.wraps(fun)
-    def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
+    def run(*args: Any, **kwargs: Any) -> Reweighted:
         call = call_of(fun, options, args, kwargs)
 
         seen: list[Costs] = []
 
         def part(batch: list[Any]) -> tuple[list[Any], Any]:
             some = dataclasses.replace(call, batch=batch)
-            chosen, losses, aux, forms = scheduled(some, method, seen)
+            chosen, (losses, aux, forms, *_) = scheduled(some, method, seen)
             if strict and chosen != "vmap":
                 refuse_fallbacks(call.like_params(forms, lambda leaf: zero_like(leaf, some.size)))
             squares = sq_norms(forms)
@@ -134,6 +135,10 @@ def reweighted_grad(
         sums = [x.astype(p.dtype) for x, p in zip(sums, call.params, strict=True)]
         total = call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(c))
         return Reweighted(total, losses, squares, c, unbatched_aux(aux, options))
+
+    @functools.wraps(fun)
+    def reweighted(*args: Any, **kwargs: Any) -> Reweighted:
+        return on_automatic_axes(run, options.examples_of(args), args, kwargs)
 
     return reweighted
 
@@ -162,29 +167,21 @@ def check_method(method: Any) -> None:
 
 def scheduled(
     call: Call, method: Method | Literal["auto"], seen: list[Costs]
-) -> tuple[Method, jax.Array, Tree, list[Form]]:
-    """The schedule to take, losses [B], aux [B, ...] and the gradients it works on.
+) -> tuple[Method, Factored]:
+    """The schedule to take and the gradients it works on.
 
-    What "auto" finds that it costs is appended to `seen`.
+    What "auto" finds that it costs is appended to `seen`. A loss with a backward rule that may not
+    be linear is not scaled: one pass takes the place of two.
     """
-    chosen: Method = "vmap"
-    if method != "vmap":
-        losses, aux, forms = factored(call)
-        if method == "auto":
-            seen.append(costs_of(call, forms))
-        chosen = seen[-1].method if method == "auto" else method
-    if chosen == "vmap":
-        losses, aux, forms = _stacked(call)
-    return chosen, losses, aux, forms
-
-
-def _stacked(call: Call) -> tuple[jax.Array, Tree, list[Form]]:
-    """As `factored`, by `vmap(grad)`."""
-    each = jax.vmap(
-        jax.value_and_grad(call.fun, has_aux=True), (None, 0), spmd_axis_name=call.spmd_axis_name
-    )
-    (losses, aux), grads = each(call.params, call.batch)
-    return losses, aux, [Dense(g) for g in grads]
+    if method == "vmap":
+        return "vmap", stacked(call)
+    found = factored(call)
+    if method == "auto":
+        seen.append(costs_of(call, found.forms))
+        method = seen[-1].method
+    elif not found.linear:
+        method = "one_pass"
+    return method, stacked(call) if method == "vmap" else found
 
 
 def second_pass(call: Call, weights: jax.Array) -> Tree:

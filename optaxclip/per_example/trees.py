@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
-from optaxclip.per_example.forms import Dense, Form, Sum, is_form
+from optaxclip.per_example.explicit_axes import of_gradients
+from optaxclip.per_example.forms import Dense, Form, Shared, Sum, is_form, over_examples
 from optaxclip.per_example.incoming import examples_of
 from optaxclip.per_example.safe_norms import norms_of
 
 
+@of_gradients
 def sq_norms(grads: Tree) -> jax.Array:
     """`|g_b|^2` over the whole tree, [B].
 
@@ -42,6 +44,7 @@ def sq_norms(grads: Tree) -> jax.Array:
     return _total([form.sq_norm() for form in _forms(grads)])
 
 
+@of_gradients
 def norms(grads: Tree) -> jax.Array:
     """`|g_b|` over the whole tree, [B], also where its square is out of range.
 
@@ -66,6 +69,7 @@ def norms(grads: Tree) -> jax.Array:
     return norms_of(_forms(grads))
 
 
+@of_gradients
 def inner(grads: Tree, other: Tree) -> jax.Array:
     """`<g_b, h_b>` over the whole tree, [B].
 
@@ -102,6 +106,7 @@ def inner(grads: Tree, other: Tree) -> jax.Array:
     return _total([x.inner(y) for x, y in pairs])
 
 
+@of_gradients
 def weighted_sum(grads: Tree, weights: jax.Array) -> Tree:
     """`sum_b c_b g_b`: a tree like the parameters, without storing the gradients.
 
@@ -130,6 +135,7 @@ def weighted_sum(grads: Tree, weights: jax.Array) -> Tree:
     return _map(lambda form: form.weighted_sum(weights), grads)
 
 
+@of_gradients
 def materialize(grads: Tree) -> Tree:
     """The gradients stacked, [B, *shape] at each leaf: what `vmap(grad)` returns.
 
@@ -151,6 +157,7 @@ def materialize(grads: Tree) -> Tree:
     return _map(lambda form: form.materialize(), grads)
 
 
+@of_gradients
 def masked(grads: Tree, keep: jax.Array) -> Tree:
     """The gradients with zero for the examples where `keep`, [B], is false, NaN or not.
 
@@ -184,7 +191,7 @@ def masked(grads: Tree, keep: jax.Array) -> Tree:
     def mask(x: jax.Array) -> jax.Array:
         return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
-    return jax.tree.map(mask, grads)
+    return over_examples(mask, grads)
 
 
 def cast(form: Form, dtype: Any) -> Form:
@@ -195,6 +202,8 @@ def cast(form: Form, dtype: Any) -> Form:
         return Sum(tuple(cast(x, dtype) for x in form.terms))
     if isinstance(form, Dense):
         return Dense(form.stacked.astype(dtype), form.reason)
+    if isinstance(form, Shared):
+        return Shared(form.scales, form.gradient.astype(dtype))
     factored: Any = form
     return dataclasses.replace(factored, layout=factored.layout.cast(dtype))
 

@@ -105,9 +105,11 @@ def test_jit(params, batch, mesh, oracle, specs, method, size):
     np.testing.assert_allclose(np.sqrt(got.sq_norms), oracle[1], rtol=1e-5)
     found = collectives(compiled)
     # The sum itself, and parameters that are split: what belongs to examples stays where it is.
-    assert sorted(c.kind for c in found if c.kind != "all-gather") == ["all-reduce"]
+    # A boolean for each matrix, whether its terms cancel for some example, goes together.
     number = sum(x.size for x in params.values())
-    assert [c.bytes for c in found if c.kind == "all-reduce"] == [4 * number]
+    reduced = sorted(c.bytes for c in found if c.kind != "all-gather" and not c.rare)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather"}
+    assert reduced in ([4 * number], [2, 4 * number])
     sizes = {4 * x.size for x in params.values()} if specs is FSDP else set()
     assert {c.bytes for c in found if c.kind == "all-gather"} <= sizes
 

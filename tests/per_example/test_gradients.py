@@ -166,7 +166,6 @@ FALLBACKS = {
     "weight normalisation": lambda w, x: jnp.sum(
         jnp.sin(x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)))
     ),
-    "a penalty of the parameter": lambda w, x: jnp.sum(jnp.sin(x @ w)) + x[0] * jnp.sum(w**2),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Forms that go back through code without the example, and stay factored."""
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -171,3 +172,77 @@ STACKED = {
 def test_what_has_no_factored_form_is_stacked_and_reported(name):
     shape, loss = STACKED[name]
     assert_equals_oracle(loss, normal(0, *shape), X, fallbacks=["the root"])
+
+
+# --- what parameters go through before they meet the example ---
+
+IDENTITIES = {
+    "optimization_barrier": lax.optimization_barrier,
+    "checkpoint_name": lambda w: jax.ad_checkpoint.checkpoint_name(w, "w"),
+    "device_put": jax.device_put,
+    "reduce_precision": lambda w: lax.reduce_precision(w, 11, 52),
+    "rows": lambda w: w[jnp.array([3, 1, 1, 0, 2])],
+    "columns": lambda w: w[:, jnp.array([2, 0, 1])],
+    "take": lambda w: jnp.take(w, jnp.arange(5) - 1, axis=0),
+    "a row overwritten": lambda w: w.at[0].set(0.0),
+    "columns overwritten": lambda w: w.at[:, jnp.array([0, 2])].set(1.0),
+    "a vector of rows": lambda w: w * jnp.arange(1.0, 6.0)[:, None],
+    "a vector of columns": lambda w: w * jnp.arange(1.0, 4.0),
+    "divided by a vector": lambda w: w / jnp.arange(1.0, 4.0),
+    "a row mask": lambda w: w * (jnp.arange(5) > 1)[:, None],
+}
+
+
+@pytest.mark.parametrize("rows", [(), (3,)], ids=["one row", "three rows"])
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_identities_leave_gradients_factored(name, rows):
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(x @ IDENTITIES[name](p["w"]) @ IDENTITIES[name](p["w"]).T) ** 2)
+
+    plan = assert_equals_oracle(loss, {"w": normal(0, 5, 3)}, normal(1, 4, *rows, 5))
+    assert "Dense" not in str(plan.rows[0].forms)
+
+
+def test_embeddings_with_a_row_overwritten():
+    ids = np.random.default_rng(0).integers(0, 6, (4, 5))
+    loss = lambda t, ids: jnp.sum(jnp.tanh(t.at[0].set(0.0)[ids] @ t.at[0].set(0.0).T))
+    plan = assert_equals_oracle(loss, normal(0, 6, 3), ids)
+    assert "Dense" not in str(plan.rows[0].forms)
+
+
+PENALTIES = {
+    "L2": lambda p: 0.1 * sum(jnp.sum(w**2) for w in jax.tree.leaves(p)),
+    "L1": lambda p: sum(jnp.sum(jnp.abs(w)) for w in jax.tree.leaves(p)),
+    "spectral": lambda p: jnp.linalg.norm(p["a"] @ p["b"]),
+}
+
+
+@pytest.mark.parametrize("combine", [jnp.add, jnp.multiply], ids=["added", "multiplied"])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_term_of_the_parameters_alone_is_one_gradient(name, combine):
+    params = {"a": normal(0, 5, 4), "b": normal(1, 4, 3), "unused": normal(2, 2)}
+
+    def loss(p, x):
+        return combine(jnp.sum(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"])), PENALTIES[name](p))
+
+    plan = assert_equals_oracle(loss, params, normal(3, 4, 5), may_vanish=name == "spectral")
+    assert any("Shared" in form for row in plan.rows for form in row.forms)
+    assert not any("Dense" in form for row in plan.rows for form in row.forms)
+
+
+def test_parameters_that_meet_constants_first():
+    """A zero initial state, learned queries: the constant is like data that all examples share."""
+    params = {"w": normal(0, 6, 6), "v": normal(1, 3, 6), "q": normal(2, 2, 6)}
+
+    def recurrent(p, x):
+        h = jnp.zeros(6)
+        for t in range(4):
+            h = jnp.tanh(h @ p["w"] + x[t] @ p["v"])
+        return jnp.sum(h**2 * p["q"][0])
+
+    def queries(p, x):
+        keys = x @ p["v"]
+        return jnp.sum(jax.nn.softmax((p["q"] @ p["w"]) @ keys.T) @ keys)
+
+    for loss in (recurrent, queries):
+        assert_equals_oracle(loss, params, normal(3, 5, 4, 3))

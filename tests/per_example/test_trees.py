@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import inner, masked, norms, per_example_grad, sq_norms, weighted_sum
 
@@ -40,3 +41,12 @@ def test_one_number_of_examples(fun):
 def test_products_are_of_one_batch():
     with pytest.raises(ValueError, match="must have one number of examples, got 8 and 1"):
         inner(jnp.ones((8, 2)), jnp.ones((1, 2)))
+
+
+def test_product_with_a_penalty_of_the_parameter():
+    """What all examples share, on both sides, beside what each has of its own."""
+
+    def loss(b, x):
+        return jnp.sum(jnp.sin(x + b)) + jnp.sum(b**2)
+
+    assert_equals_oracle(loss, normal(0, 3), normal(1, 4, 3))

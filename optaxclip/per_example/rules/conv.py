@@ -31,6 +31,7 @@ def conv(
     dimension_numbers: Any,
     feature_group_count: int,
     batch_group_count: int,
+    precision: Any,
     **params: Any,
 ) -> Outer | Dense:
     """`dL/dkernel_b[k] = shift_k(x_b)^T g_b`, for each element k of the window.
@@ -68,7 +69,7 @@ def conv(
         blocks = []
         for element in itertools.product(*map(range, window)):
             seen = functools.reduce(lambda x, at: shifted(x, *at), enumerate(element), images)
-            blocks.append(_product(seen, names, out, out_names))
+            blocks.append(_product(seen, names, out, out_names, precision))
         stacked = jnp.stack(blocks, axis=2).reshape(ctx.examples, *layout.sizes)
         return Dense(layout.to_parameter(stacked))
 
@@ -78,7 +79,7 @@ def conv(
     left = jnp.einsum(f"{names}{elements}->{order}{elements}c", images)
     right = jnp.einsum(f"{out_names}->{order}o", out)
     shape, (_, i, o) = (ctx.examples, groups, t), layout.sizes
-    return Outer(left.reshape(*shape, i), right.reshape(*shape, o), layout)
+    return Outer(left.reshape(*shape, i), right.reshape(*shape, o), layout, precision)
 
 
 _SPATIAL, _ELEMENTS = "xyzuvw", "ijklmr"
@@ -96,7 +97,7 @@ def _names(spec: Any, grouped: int, letters: str) -> str:
     return "b" + "".join(named[a] for a in range(len(spec)))
 
 
-def _product(x: Any, names: str, out: Any, out_names: str) -> Any:
+def _product(x: Any, names: str, out: Any, out_names: str, precision: Any) -> Any:
     """`x^T out`, summed over images and places: [B, G, C, O].
 
     Axes of length one are left out, and places made one axis where they are neighbours: else
@@ -107,7 +108,8 @@ def _product(x: Any, names: str, out: Any, out_names: str) -> Any:
     merged, merged_out = _merged(x, names), _merged(out, out_names)
     if merged and merged_out:
         (x, names), (out, out_names) = merged, merged_out
-    product = einsum(f"{names},{out_names}->{'bgco' if 'g' in names else 'bco'}", x, out)
+    spec = f"{names},{out_names}->{'bgco' if 'g' in names else 'bco'}"
+    product = einsum(spec, x, out, precision=precision)
     return product.reshape(product.shape[0], groups, *product.shape[-2:])
 
 

@@ -14,7 +14,7 @@ from optaxclip.per_example.registry import RuleContext, register_rule
 
 @register_rule(P.dot_general_p)
 def dot_general(
-    ctx: RuleContext, lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any
+    ctx: RuleContext, lhs: Any, rhs: Any, *, dimension_numbers: Any, precision: Any, **params: Any
 ) -> Outer:
     """`dL/dw_b[k] = sum_t x_b[k, t]^T g_b[k, t]`.   Cost: none, until it is contracted.
 
@@ -51,6 +51,7 @@ def dot_general(
         left.reshape(ctx.examples, size_k, t, size_i),
         right.reshape(ctx.examples, size_k, t, size_o),
         layout,
+        precision,
     )
 
 

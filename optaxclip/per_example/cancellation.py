@@ -1,0 +1,95 @@
+"""Squared norms made of terms that cancel.
+
+Two things go wrong where the terms of a gradient, `sum_t a_t g_t^T`, are larger than their sum.
+
+* `|a - b|^2` as `a.a - 2 a.b + b.b` is right to `eps` times the size of its terms: with a and b of
+  length 1000 at a distance of 1, nothing is right in float32. Such a norm may be 0, and the example
+  is not clipped. So whoever adds terms says how rough the total is, and where that is more than a
+  thousandth of it the norm is taken anew, from the gradient itself. That is a branch, not taken in
+  an ordinary batch; on a mesh it costs a reduction of one boolean.
+* What is summed afterwards rounds in its own way: the sum that an example contributes to may be off
+  by `eps` times the length of its terms, and that may be longer than the example's own gradient.
+
+A norm that comes out too large clips too much, one that comes out too small breaks the bound. So
+all are raised by what rounding may add.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Rounding errors of sums of products, in eps times the sum of absolute values. The largest seen in
+# 10,000 random sums of up to 4,096 terms was 0.6 (float32, CPU).
+_ROUNDING = 4.0
+# A total is kept if its rounding error is at most this part of it.
+_TOLERATED = 1e-3
+# Rounding errors of a gradient's elements are hardly ever aligned with it: of P elements they add
+# about 1 / sqrt(P) of their length to its length.
+_ALIGNED = 4.0
+
+
+class Terms(NamedTuple):
+    """A squared norm as the sum of terms, [B] each."""
+
+    total: jax.Array
+    rough: jax.Array
+    """The sum of the absolute values of what was added up: its rounding error, but for eps."""
+    size: jax.Array
+    """The squared sum of the lengths of the terms of the gradient."""
+
+
+def settled(
+    terms: Terms, elements: int, anew: Callable[[], jax.Array], *, rounded: bool = True
+) -> jax.Array:
+    """A squared norm [B] of gradients of so many elements: right to 1e-3, not below the true one.
+
+    `anew` returns the squared norms, [B], from the gradients themselves. `rounded`: sums of the
+    gradients are taken at the platform's default precision.
+    """
+    total, rough, size = lax.stop_gradient(terms)
+    if terms.rough is terms.total:
+        return _instead(terms.total, _raised(total, size, elements, 1.0))
+    error = _ROUNDING * jnp.finfo(total.dtype).eps * rough
+    cancels = total * _TOLERATED < error  # not where either is NaN; nor where both are infinite
+    kept = _raised(total + error, size, elements, 1.0)
+
+    def replaced() -> jax.Array:
+        coarser = _coarser(total.dtype) if rounded else 1.0
+        squares = lax.stop_gradient(anew()).astype(total.dtype)
+        return jnp.where(cancels, _raised(squares, size, elements, coarser), kept)
+
+    return _instead(terms.total, lax.cond(jnp.any(cancels), replaced, lambda: kept))
+
+
+def _raised(total: jax.Array, size: jax.Array, elements: int, coarser: Any) -> jax.Array:
+    """By what rounding may add to the length; `coarser` than in the dtype by a factor."""
+    unit = coarser * jnp.finfo(total.dtype).eps / 4
+    error = unit * jnp.sqrt(size)
+    aligned = min(1.0, _ALIGNED / math.sqrt(max(elements, 1)))
+    return jnp.square(jnp.sqrt(total + jnp.square(error)) + aligned * error)
+
+
+def _coarser(dtype: Any) -> Any:
+    """How much more products round by default than numbers of their dtype."""
+    if jnp.finfo(dtype).bits > 32:
+        return 1.0
+    return lax.platform_dependent(
+        cpu=lambda: jnp.ones((), dtype),
+        cuda=lambda: jnp.full((), 2.0**13, dtype),  # TF32 has 10 bits for float32's 23
+        default=lambda: jnp.full((), 2.0**16, dtype),  # bfloat16 has 7
+    )
+
+
+@jax.custom_jvp
+def _instead(total: jax.Array, found: jax.Array) -> jax.Array:
+    """The second, with the derivative of the first."""
+    return found
+
+
+@_instead.defjvp
+def _instead_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
