@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
-from agreement import assert_equals_oracle, normal
+from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip.per_example import inner, masked, norms, per_example_grad, sq_norms, weighted_sum
 
