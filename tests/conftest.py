@@ -35,9 +35,8 @@ def pytest_report_header(config):
     """What to pass in order to see the same again."""
     if TIMES == 1:
         return None
-    return (
-        f"exploring: {TIMES} times the examples, --hypothesis-seed={config.option.hypothesisseed}"
-    )
+    seed = config.getoption("--hypothesis-seed")
+    return f"exploring: {TIMES} times the examples, --hypothesis-seed={seed}"
 
 
 def pytest_collection_modifyitems(items):
