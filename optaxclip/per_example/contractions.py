@@ -57,17 +57,21 @@ def _sharding_of_result(spec: str, operands: Sequence[jax.Array]) -> NamedShardi
 
 
 def by_blocks(
-    fun: Callable[..., jax.Array], axis: int, size: int, *factors: jax.Array
+    fun: Callable[..., jax.Array],
+    axis: int,
+    size: int,
+    *factors: jax.Array,
+    least: int = _BLOCK_BYTES,
 ) -> jax.Array:
     """`fun(*factors)`, a sum over an axis of the factors, from one block of the axis at a time.
 
     `size` is how many numbers `fun` would hold for the whole axis. Blocks are as long as
-    64 MB or an eighth of the factors allow, and the axis is not that of the examples, which
-    may be sharded.
+    64 MB (or `least` bytes) or an eighth of the factors allow, and the axis is not that of the
+    examples, which may be sharded.
     """
     length, itemsize = factors[0].shape[axis], accumulator(factors[0].dtype).itemsize
     in_factors = sum(x.size for x in factors)
-    limit = max(_BLOCK_BYTES, in_factors * itemsize // 8)
+    limit = max(least, in_factors * itemsize // 8)
     if size * itemsize <= limit or length == 1:
         return fun(*factors)
     # A block of the factors is copied, too.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optaxclip.per_example.arguments import Call
 from optaxclip.per_example.flops import flops
-from optaxclip.per_example.forms import Form
+from optaxclip.per_example.forms import Form, terms_of_norm
 
 Method = Literal["one_pass", "two_pass", "vmap"]
 
@@ -97,8 +97,8 @@ def _norm_flops(forms: Sequence[Form]) -> int:
 
 
 def norm_flops(form: Form) -> int:
-    """Operations of the norms of a form."""
-    return flops(lambda form: form.sq_norm(), form)
+    """Operations of the norms of a form, where no terms cancel."""
+    return flops(lambda form: terms_of_norm(form), form)
 
 
 def sum_flops(form: Form, examples: int) -> int:

@@ -28,6 +28,8 @@ from optaxclip.per_example.contractions import (
 )
 from optaxclip.per_example.layout import Layout
 
+_RARE_BYTES = 2**20
+
 
 class Form(Protocol):
     """Per-example gradients of one parameter, for B examples."""
@@ -358,7 +360,7 @@ class Sum:
 
     def sum_of_terms(self) -> Terms:
         """`|g_b|^2` and what it was added up from."""
-        found = [_terms(x) for x in self.terms]
+        found = [terms_of_norm(x) for x in self.terms]
         total, rough, size = (functools.reduce(jnp.add, some) for some in zip(*found, strict=True))
         if all(x.rough is x.total for x in found):
             rough = total
@@ -495,7 +497,7 @@ def _join(group: list[Any]) -> Form:
 
 def measured(form: "Outer | Gathered | Sum") -> jax.Array:
     """`|g_b|^2`, also where the terms cancel that it is added up from."""
-    found = _terms(form)
+    found = terms_of_norm(form)
     if found.size is found.total:
         return found.total
     precisions = {getattr(x, "precision", None) for x in terms(form)}
@@ -525,7 +527,9 @@ def _anew(form: Any) -> jax.Array:
         return einsum("bkio,bkio->b", whole, whole)
 
     rights = [right for _, right in columns]
-    return by_blocks(some, 3, max(x.shape[0] for x in rights) * k * i * o, *rights)
+    # In small blocks: XLA sets the room of a branch aside also where it is not taken.
+    size = max(x.shape[0] for x in rights) * k * i * o
+    return by_blocks(some, 3, size, *rights, least=_RARE_BYTES)
 
 
 def _columns_of(form: Any, layout: Layout) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
@@ -557,7 +561,8 @@ def _anew_by_examples(form: Any) -> jax.Array:
     return lax.map(one, jnp.arange(jax.tree.leaves(form)[0].shape[0]))
 
 
-def _terms(form: Any) -> Terms:
+def terms_of_norm(form: Any) -> Terms:
+    """`|g_b|^2` of a form and what it is added up from: what a norm costs in an ordinary batch."""
     if isinstance(form, Sum):
         return form.sum_of_terms()
     if isinstance(form, Dense | Shared):
