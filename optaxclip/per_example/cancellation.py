@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rounding errors of sums of products, in eps times the sum of absolute values. The largest seen in
-# 10,000 random sums of up to 4,096 terms was 0.6 (float32, CPU).
+# Rounding errors of Gram sums, in eps times the sum of absolute values. The largest of 10,000 was
+# 2.2: random, of 2 to 64 rows of 16 and 256 elements, alike, centred or opposite (float32, CPU).
 _ROUNDING = 4.0
 # A total is kept if its rounding error is at most this part of it.
 _TOLERATED = 1e-3

@@ -28,6 +28,7 @@ from optaxclip.per_example.contractions import (
 )
 from optaxclip.per_example.layout import Layout
 
+# Of a block where terms cancel: the branch is not taken in an ordinary batch.
 _RARE_BYTES = 2**20
 
 
