@@ -76,21 +76,26 @@ def by_blocks(
         return fun(*factors)
     # A block of the factors is copied, too.
     count = min(length, math.ceil((size + in_factors) * itemsize / limit))
-    step = length // count
+    step = _step(length, length // count)
 
     def block(start: Any) -> jax.Array:
         return fun(*(lax.dynamic_slice_in_dim(x, start, step, axis) for x in factors))
 
-    def add_block(total: jax.Array, start: Any) -> tuple[jax.Array, None]:
-        return total + block(start), None
-
-    starts = step * jnp.arange(1, length // step)
-    total, _ = lax.scan(add_block, block(0), starts)
+    total = jnp.sum(lax.map(block, step * jnp.arange(length // step)), axis=0)
     full = length - length % step
     if full < length:
         rest = (lax.slice_in_dim(x, full, length, axis=axis) for x in factors)
         total = total + fun(*rest)
     return total
+
+
+def _step(length: int, most: int) -> int:
+    """How long blocks are: a divisor of the length if there is a long one.
+
+    What is left over would be compiled a second time.
+    """
+    found = next(step for step in range(most, 0, -1) if length % step == 0)
+    return found if 2 * found >= most else most
 
 
 def by_examples(fun: Callable[..., jax.Array], size: int, *factors: Any) -> jax.Array:

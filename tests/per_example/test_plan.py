@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tools.agreement import normal
 
-from optaxclip.per_example import explain
+from optaxclip.per_example import explain, per_example_grad
 
 PARAMS = {
     "w": normal(0, 4, 3),
@@ -36,6 +36,15 @@ def test_rows():
     assert [row.uses for row in plan.rows] == [1, 0, 1, 1]
     assert plan.costs.factor_bytes == sum(row.bytes for row in plan.rows)
     assert plan.costs.parameter_bytes == sum(x.nbytes for x in PARAMS.values())
+
+
+def test_bytes_held_are_those_of_the_compiled_program():
+    """The forms are what `per_example_grad` returns, and XLA says how large that is."""
+    w, batch = jnp.ones((40, 30)), jnp.ones((8, 16, 40))
+    fun = lambda w, x: jnp.sum(jnp.tanh(x @ w))  # noqa: E731
+    compiled = jax.jit(per_example_grad(fun)).lower(w, batch).compile()
+    held = compiled.memory_analysis().output_size_in_bytes
+    assert explain(fun, w, batch).costs.factor_bytes == pytest.approx(held, rel=0.01)
 
 
 def test_uses_are_counted_once_each():
