@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
-from optaxclip._mesh import check_reduced
-from optaxclip._reductions import accumulator, for_leaf, times
-from optaxclip._statistics import (
+from optaxclip.measure.mesh import check_reduced
+from optaxclip.measure.norms import Bundles, By, Layout, Norm
+from optaxclip.measure.reductions import accumulator, for_leaf, times
+from optaxclip.measure.statistics import (
     ClipStats,
     ExampleStats,
     GroupStats,
@@ -20,9 +21,8 @@ from optaxclip._statistics import (
     record,
     record_nothing,
 )
-from optaxclip.norms import Bundles, By, Layout, Norm
 from optaxclip.responses import Rescale, Response, ShrinkAlike, as_response
-from optaxclip.thresholds import (
+from optaxclip.thresholds.given import (
     Context,
     ElementBounds,
     ElementThreshold,

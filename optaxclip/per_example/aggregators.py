@@ -11,10 +11,10 @@ import numpy as np
 from optax.experimental import aggregating
 
 from optaxclip._leaves import LeafFn, Tree
-from optaxclip._reductions import largest
-from optaxclip._statistics import check_same_groups, empty_stats, record
 from optaxclip.clipping import ClipState
-from optaxclip.norms import Norm
+from optaxclip.measure.norms import Norm
+from optaxclip.measure.reductions import largest
+from optaxclip.measure.statistics import check_same_groups, empty_stats, record
 from optaxclip.per_example.explicit_axes import of_gradients
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
 from optaxclip.per_example.safe_norms import root
@@ -25,7 +25,7 @@ from optaxclip.per_example.statistics import (
 )
 from optaxclip.per_example.trees import masked
 from optaxclip.responses import Response, as_response
-from optaxclip.thresholds import Context, as_threshold, non_negative
+from optaxclip.thresholds.given import Context, as_threshold, non_negative
 
 
 def clip_per_example(

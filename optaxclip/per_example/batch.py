@@ -14,10 +14,10 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip._reductions import accumulator, largest
-from optaxclip._statistics import empty_stats, record
 from optaxclip.clipping import ClipState
-from optaxclip.norms import Norm
+from optaxclip.measure.norms import Norm
+from optaxclip.measure.reductions import accumulator, largest
+from optaxclip.measure.statistics import empty_stats, record
 from optaxclip.per_example.cancellation import Terms, settled
 from optaxclip.per_example.explicit_axes import of_gradients
 from optaxclip.per_example.forms import Form, over_examples
@@ -26,7 +26,7 @@ from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.statistics import empty_example_stats, record_examples
 from optaxclip.per_example.trees import cast, masked
 from optaxclip.responses import Rescale, Response
-from optaxclip.thresholds import Context
+from optaxclip.thresholds.given import Context
 
 Arrays = list[jax.Array]
 WHOLE = Norm("global")

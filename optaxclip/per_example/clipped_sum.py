@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from optaxclip._compat import as_varying
 from optaxclip._leaves import Leaves, Tree
-from optaxclip._reductions import accumulator
+from optaxclip.measure.reductions import accumulator
 from optaxclip.per_example.arguments import Call
 from optaxclip.per_example.costs import Costs, Method
 from optaxclip.per_example.forms import Form, zero_like

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_between, check_bound, check_positive
 from optaxclip._leaves import Tree
-from optaxclip.norms import Bundles, Norm
-from optaxclip.thresholds import Context, Threshold
+from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.thresholds.given import Context, Threshold
 
 
 class QuantileState(NamedTuple):

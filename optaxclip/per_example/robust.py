@@ -11,12 +11,12 @@ from optax.experimental import aggregating
 
 from optaxclip._arguments import check_between, check_count, check_positive
 from optaxclip._leaves import Leaves, Tree
-from optaxclip._reductions import accumulator
+from optaxclip.measure.reductions import accumulator
 from optaxclip.per_example.batch import WHOLE, Answer, Batch, aggregator
 from optaxclip.per_example.incoming import sq_norm
 from optaxclip.per_example.statistics import noise_scale_of
 from optaxclip.responses import Drop, Rescale
-from optaxclip.thresholds import Context, as_threshold, non_negative
+from optaxclip.thresholds.given import Context, as_threshold, non_negative
 
 
 def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggregator:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip._reductions import accumulator
+from optaxclip.measure.reductions import accumulator
 from optaxclip.per_example.forms import Dense, Form, Outer, Shared, Sum, terms
 
 # Stands for the exponent of zero.

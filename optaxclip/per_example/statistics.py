@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optaxclip._statistics import ClipStats, ExampleStats
+from optaxclip.measure.statistics import ClipStats, ExampleStats
 
 
 def empty_example_stats() -> ExampleStats:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
-from optaxclip._reductions import accumulator
+from optaxclip.measure.reductions import accumulator
 
 
 def flat(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
-from optaxclip._reductions import largest
+from optaxclip.measure.reductions import largest
 from optaxclip.robustness.inputs import Bounds
 from optaxclip.robustness.perturbations import (
     directions,

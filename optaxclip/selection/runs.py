@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from optaxclip._leaves import Tree
-from optaxclip._statistics import ClipStats
 from optaxclip.clipping import clip_stats
+from optaxclip.measure.statistics import ClipStats
 from optaxclip.selection.folds import Folds
 
 

@@ -41,7 +41,7 @@ def test_rows():
 def test_bytes_held_are_those_of_the_compiled_program():
     """The forms are what `per_example_grad` returns, and XLA says how large that is."""
     w, batch = jnp.ones((40, 30)), jnp.ones((8, 16, 40))
-    fun = lambda w, x: jnp.sum(jnp.tanh(x @ w))  # noqa: E731
+    fun = lambda w, x: jnp.sum(jnp.tanh(x @ w))
     compiled = jax.jit(per_example_grad(fun)).lower(w, batch).compile()
     held = compiled.memory_analysis().output_size_in_bytes
     assert explain(fun, w, batch).costs.factor_bytes == pytest.approx(held, rel=0.01)

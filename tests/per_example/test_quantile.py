@@ -131,8 +131,8 @@ def test_only_norms_of_examples_will_do():
     tx = optaxclip.clip_by_global_norm(example_quantile())
     with pytest.raises(ValueError, match="needs the norms of several examples"):
         update(tx, np.ones(2))
-    from optaxclip.history import Quantile
-    from optaxclip.learning import Learned
+    from optaxclip.thresholds.learned import Learned
+    from optaxclip.thresholds.rules import Quantile
 
     tx = clip_per_example(Learned(Quantile(0.5, 0.1, 1.0), 25, None, ready=True))
     with pytest.raises(ValueError, match="needs one norm a step, got 4"):

@@ -170,7 +170,8 @@ UNBOUNDED_AT_FIRST = (
 
 
 def is_adaptive(name):
-    return CLIPPERS[name][0].__module__ in ("optaxclip.adaptive", "optaxclip.spike_aware")
+    learned = ("optaxclip.clippers.learned", "optaxclip.clippers.elements")
+    return CLIPPERS[name][0].__module__ in learned
 
 
 def static_arguments(name):

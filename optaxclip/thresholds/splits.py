@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from optaxclip._arguments import check_bound
 from optaxclip._leaves import Tree
-from optaxclip.norms import Bundles, Norm
-from optaxclip.thresholds import Context, Given, Threshold
+from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.thresholds.given import Context, Given, Threshold
 
 
 @dataclasses.dataclass(frozen=True)

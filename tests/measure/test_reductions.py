@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tools.oracles import norm as exact
 
-from optaxclip import Norm, _reductions
+from optaxclip import Norm
+from optaxclip.measure import reductions
 
 INF = float("inf")
 ORDS = (1, 2, "rms", INF)
@@ -39,7 +40,7 @@ def norms_and_elements_of(leaves):
 
 def test_largest_keeps_nan():
     """`jnp.max` loses it here on CPU (JAX 0.10)."""
-    largest = jax.jit(_reductions.largest)
+    largest = jax.jit(reductions.largest)
     x = np.ones((300, 200), np.float32)
     x[7, 11] = np.nan
     assert np.isnan(largest(x))
@@ -49,7 +50,7 @@ def test_largest_keeps_nan():
 
 def test_sizes_cover_every_way():
     sizes = sorted({int(np.prod(shape)) for shape in SHAPES})
-    limits = (_reductions._SMALL, _reductions._MEDIUM, _reductions._LARGE)
+    limits = (reductions._SMALL, reductions._MEDIUM, reductions._LARGE)
     assert np.searchsorted(limits, sizes).tolist() == [0, 1, 2, 3]
 
 

@@ -20,11 +20,11 @@ from typing import Any, get_args
 
 from optaxclip._arguments import check_between, check_bound, check_count, check_positive
 from optaxclip.clipping import NonFinite, Transform, clip_by
-from optaxclip.history import Mode, Percentile, Quantile, Ratio, WindowMoments, ZScore
-from optaxclip.learning import AtMost, Learned, RelearnAfter, relearn_after_of
-from optaxclip.norms import AxisName, By, Norm
+from optaxclip.measure.norms import AxisName, By, Norm
 from optaxclip.responses import Response
-from optaxclip.thresholds import Threshold
+from optaxclip.thresholds.given import Threshold
+from optaxclip.thresholds.learned import AtMost, Learned, RelearnAfter, relearn_after_of
+from optaxclip.thresholds.rules import Mode, Percentile, Quantile, Ratio, WindowMoments, ZScore
 
 
 def autoclip(

@@ -9,10 +9,10 @@ from typing import Any
 
 from optaxclip._leaves import LeafFn, Tree
 from optaxclip.clipping import NonFinite, Transform, clip_by
-from optaxclip.norms import L2, AxisName, Norm
+from optaxclip.measure.norms import L2, AxisName, Norm
+from optaxclip.measure.units import UnitAxes
 from optaxclip.responses import Normalize, Rescale, Soften, SoftShape
-from optaxclip.thresholds import ParamNorm, as_threshold
-from optaxclip.unit_axes import UnitAxes
+from optaxclip.thresholds.given import ParamNorm, as_threshold
 
 
 def clip_by_value(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._reductions import largest
-from optaxclip.norms import Bundles, Layout, Norm, flat
+from optaxclip.measure.norms import Bundles, Layout, Norm, flat
+from optaxclip.measure.reductions import largest
 from optaxclip.responses import Response
 
 # The worst of 1000 slots in one step is one kernel of 1000 formulas, which compiles for 22 s; in
@@ -81,6 +81,7 @@ class ClipStats(NamedTuple):
 
 
 def empty_stats(norm: Norm, layout: Layout) -> ClipStats:
+    """The statistics before the first step."""
     groups = None
     if norm.by in ("leaf", "unit", "group") and 1 < layout.size <= _MAX_RECORDED:
         groups = GroupStats(
@@ -103,6 +104,7 @@ def empty_stats(norm: Norm, layout: Layout) -> ClipStats:
 
 
 def check_same_groups(stats: ClipStats, layout: Layout) -> None:
+    """Raises where the groups are not those that `init` saw."""
     if stats.groups is not None and stats.groups.names != layout.names:
         then, now = stats.groups.names, layout.names
         differing = (name for name in (*now, *then) if name not in now or name not in then)
@@ -121,6 +123,7 @@ def record(
     response: Response,
     clip_norm: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> ClipStats:
+    """The statistics after a step with these norms and bounds."""
     count = optax.safe_increment(stats.count)
     if not norms:
         return stats._replace(count=count)
@@ -152,6 +155,7 @@ def record(
 def record_nothing(
     stats: ClipStats, layout: Layout, norms: Bundles, bounds: Bundles, *_: Any
 ) -> ClipStats:
+    """The statistics after a step in which nothing was measured."""
     count = optax.safe_increment(stats.count)
     if not norms:
         return stats._replace(count=count)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.norms import Bundles, Norm
-from optaxclip.thresholds import Context, Threshold
+from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.thresholds.given import Context, Threshold
 
 # A norm counts for at most this many times its bound, and in the warm-up this many times the
 # median is the bound: steady norms stay well within, and one spike moves no statistic far.

@@ -6,13 +6,13 @@ They share the safeguards of `adaptive`, steered by `relearn_after` as there.
 from typing import Any
 
 from optaxclip._arguments import check_between, check_bound
-from optaxclip.adaptive import clip_learned
+from optaxclip.clippers.learned import clip_learned
 from optaxclip.clipping import NonFinite, Transform, clip_by
-from optaxclip.elements import SecondMoments, Shares
-from optaxclip.history import MovingMean
-from optaxclip.learning import Learned, RelearnAfter, relearn_after_of
-from optaxclip.norms import AxisName, By, Norm
+from optaxclip.measure.norms import AxisName, By, Norm
 from optaxclip.responses import ShrinkAlike
+from optaxclip.thresholds.elements import SecondMoments, Shares
+from optaxclip.thresholds.learned import Learned, RelearnAfter, relearn_after_of
+from optaxclip.thresholds.rules import MovingMean
 
 
 def spam_clip(

@@ -8,10 +8,10 @@ import optax
 
 from optaxclip._arguments import check_at_least, check_between, check_bound, check_count
 from optaxclip._leaves import Tree
-from optaxclip.history import Percentile, WindowMoments
-from optaxclip.learning import Learned, RelearnAfter, relearn_after_of
-from optaxclip.norms import AxisName, Norm
-from optaxclip.thresholds import Context, Given, Threshold
+from optaxclip.measure.norms import AxisName, Norm
+from optaxclip.thresholds.given import Context, Given, Threshold
+from optaxclip.thresholds.learned import Learned, RelearnAfter, relearn_after_of
+from optaxclip.thresholds.rules import Percentile, WindowMoments
 
 OutlierRule = Literal["fixed", "window", "quantile"]
 

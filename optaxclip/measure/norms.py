@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import LeafFn, Leaves, Tree, place
-from optaxclip._mesh import Axes, axes_of, over_mesh, placed
-from optaxclip._reductions import Terms, accumulator, norms_of
-from optaxclip.unit_axes import UnitAxes, resolve
+from optaxclip.measure.mesh import Axes, axes_of, over_mesh, placed
+from optaxclip.measure.reductions import Terms, accumulator, norms_of
+from optaxclip.measure.units import UnitAxes, resolve
 
 By = Literal["element", "global", "leaf", "unit", "group"]
 AxisName = str | tuple[str, ...] | LeafFn | None

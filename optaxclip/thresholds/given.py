@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_bound
 from optaxclip._leaves import Leaves, Tree, first_difference, place
-from optaxclip.norms import Bundles, Layout, Norm
+from optaxclip.measure.norms import Bundles, Layout, Norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,17 +11,17 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optaxclip import _polar
 from optaxclip._arguments import check_count
 from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree, place
-from optaxclip._reductions import accumulator
-from optaxclip._statistics import check_same_groups, empty_stats, record
+from optaxclip.clippers import polar
 from optaxclip.clipping import ClipState, NonFinite, Transform, scale_leaf
-from optaxclip.norms import Norm
+from optaxclip.measure.norms import Norm
+from optaxclip.measure.reductions import accumulator
+from optaxclip.measure.statistics import check_same_groups, empty_stats, record
+from optaxclip.measure.units import UnitAxes, resolve
 from optaxclip.responses import Rescale, Response, Soften
-from optaxclip.thresholds import Context, Given, non_negative
-from optaxclip.unit_axes import UnitAxes, resolve
+from optaxclip.thresholds.given import Context, Given, non_negative
 
 Method = Literal["newton_schulz", "svd"]
 
@@ -191,9 +191,9 @@ class _Clip:
             return y.mT, n
         wide = x.astype(c.dtype)
         if self.method == "svd":
-            y, n = _polar.clip_by_svd(wide, c, soft=self.soft)
+            y, n = polar.clip_by_svd(wide, c, soft=self.soft)
         else:
-            y, n = _polar.clip_by_products(wide, c, soft=self.soft, steps=self.steps)
+            y, n = polar.clip_by_products(wide, c, soft=self.soft, steps=self.steps)
         return y, n
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import varying_axes
 from optaxclip._leaves import Leaves, Tree, path_name, place
-from optaxclip._reductions import power, vanishing
+from optaxclip.measure.reductions import power, vanishing
 
 Axes = tuple[str, ...]
 """Names of axes of a mesh."""

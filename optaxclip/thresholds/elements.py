@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.history import RootMeanSquare
-from optaxclip.learning import Learned, LearnedState
-from optaxclip.norms import Bundles, Norm
-from optaxclip.thresholds import Context, ElementBounds
+from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.thresholds.given import Context, ElementBounds
+from optaxclip.thresholds.learned import Learned, LearnedState
+from optaxclip.thresholds.rules import RootMeanSquare
 
 # An element's bound is at least this part of that of its leaf's largest element.
 _LEAST = 1e-6

@@ -8,7 +8,7 @@ import pytest
 from tools.steps import factors
 
 import optaxclip
-from optaxclip.learning import relearn_after_of
+from optaxclip.thresholds.learned import relearn_after_of
 
 INF = float("inf")
 ONES = np.ones(2, np.float32)

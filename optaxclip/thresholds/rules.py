@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip.learning import push
+from optaxclip.thresholds.learned import push
 
 Mode = Literal["zscore", "mean", "percentile"]
 

@@ -1,0 +1,1 @@
+"""The named clippers: a few lines each over `clip_by`."""

@@ -1,0 +1,1 @@
+"""What is measured: norms, which leaf belongs to which, and what is told about them."""

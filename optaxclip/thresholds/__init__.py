@@ -1,0 +1,11 @@
+"""Where a bound comes from: given, learned from past norms, of elements, or split among groups."""
+
+from optaxclip.thresholds.given import Context as Context
+from optaxclip.thresholds.given import ElementBounds as ElementBounds
+from optaxclip.thresholds.given import ElementThreshold as ElementThreshold
+from optaxclip.thresholds.given import Given as Given
+from optaxclip.thresholds.given import ParamNorm as ParamNorm
+from optaxclip.thresholds.given import Threshold as Threshold
+from optaxclip.thresholds.learned import Learned as Learned
+from optaxclip.thresholds.learned import LearnedState as LearnedState
+from optaxclip.thresholds.learned import Rule as Rule

@@ -1,0 +1,1 @@
+"""Transformations around an optimizer or a clipper."""
