@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree
+from optaxclip._numerics import accumulator, once_compiled, scaled, times
+from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import check_reduced
-from optaxclip.measure.norms import Bundles, By, Layout, Norm
-from optaxclip.measure.reductions import accumulator, for_leaf, times
+from optaxclip.measure.norms import By, Norm
 from optaxclip.measure.statistics import (
     ClipStats,
     ExampleStats,
@@ -121,60 +122,49 @@ def clip_by(
     name = name or f"clip_by_{measured.by}"
 
     def init_fn(params: Tree) -> ClipState:
-        layout = measured.layout(measured.leaves(params))
-        return ClipState(name, empty_stats(measured, layout), limit.init(measured, params))
+        groups = measured.groups(measured.leaves(params))
+        return ClipState(name, empty_stats(measured, groups), limit.init(measured, params))
 
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
         leaves = measured.leaves(updates)
-        layout = measured.layout(leaves)
-        check_same_groups(state.stats, layout)
+        groups = measured.groups(leaves)
+        check_same_groups(state.stats, groups)
         if measured.axis_name is None:
             check_reduced(leaves, params)
-        norms = measured.measure(leaves, layout) if stats else _unmeasured(layout)
-        context = Context(state.stats.count, measured, layout, leaves, params, extra_args)
-        found, threshold_state = limit.bound(norms, state.threshold_state, context)
+        norms = measured.measure(leaves, groups) if stats else [jnp.zeros(groups.size)]
+        context = Context(state.stats.count, measured, groups, leaves, params, extra_args)
+        found, threshold_state = limit.bound(groups.vector(norms), state.threshold_state, context)
+        if isinstance(found, ElementBounds) and measured.by != "element":
+            raise ValueError(
+                f"bounds of elements go with an element norm, got {measured.by!r}. Pass"
+                ' "element" as the norm.'
+            )
+        settings = {"response": answer, "nonfinite": nonfinite}
         if isinstance(found, ElementBounds):
-            if measured.by != "element":
-                raise ValueError(
-                    f"bounds of elements go with an element norm, got {measured.by!r}. Pass"
-                    ' "element" as the norm.'
-                )
-            by_leaf = list(non_negative(tuple(found.arrays)))
-            # Each element has its own unit here, so that statistics are in bounds.
-            bounds: Bundles = (jnp.ones(()),) * len(norms)
+            bounds = [jnp.ones(())]
+            by_leaf = [jnp.maximum(x, 0.0) for x in found.arrays]
+            clipped = _clip_by_elements(leaves.arrays, by_leaf, norms, groups=groups, **settings)
             if stats:
-                ratios = list(map(_in_bounds, leaves.arrays, by_leaf))
-                in_bounds = dataclasses.replace(leaves, arrays=ratios)
-                worst = measured.measure(in_bounds, layout, nan=False)
-                norms = tuple(map(_finite_where, norms, worst))
+                # Each element has its own unit here, so that statistics are in bounds.
+                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, by_leaf))
+                norms = [_finite_where(*norms, *measured.measure(ratios, groups))]
+        elif measured.by == "element":
+            bounds = non_negative(groups.blocks_of(found))
+            by_leaf = [groups.of(bounds, leaf) for leaf in range(len(leaves.arrays))]
+            clipped = _clip_by_elements(leaves.arrays, by_leaf, norms, groups=groups, **settings)
         else:
-            bounds = non_negative(found)
-            by_leaf = layout.by_slot(bounds) if measured.by == "element" else []
+            bounds = non_negative(groups.blocks_of(found))
+            clipped = _scale(leaves.arrays, norms, bounds, groups=groups, **settings)
 
-        if measured.by == "element":
-            largest = layout.by_slot(norms)
-            clipped = [
-                _clip_elements(x, n, bound, answer, nonfinite)
-                for x, n, bound in zip(leaves.arrays, largest, by_leaf, strict=True)
-            ]
+        def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return answered(norm, bound, elements=measured.by == "element", **settings)
+
+        if stats:
+            new_stats = record(state.stats, groups, norms, bounds, after)
         else:
-            factors = tuple(map(answer.factor, norms, bounds))
-            n, factor = layout.by_slot(norms), layout.by_slot(factors)
-            clipped = [
-                scale_leaf(x, for_leaf(n[slot]), for_leaf(factor[slot]), nonfinite)
-                for x, slot in zip(leaves.arrays, layout.slots, strict=True)
-            ]
-
-        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
-            """What becomes of a norm: it is clipped as a single element would be."""
-            if measured.by == "element":
-                return _clip_elements(norm, norm, bound, answer, nonfinite)
-            return scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
-
-        keep = record if stats else record_nothing
-        new_stats = keep(state.stats, layout, norms, bounds, answer, clip_norm)
+            new_stats = record_nothing(state.stats, bounds)
         return leaves.replace(clipped), ClipState(state.name, new_stats, threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -225,27 +215,46 @@ def _unwrapped(stats: ClipStats) -> ClipStats:
     return ClipStats(**fields, groups=groups, examples=examples)
 
 
-def _unmeasured(layout: Layout) -> Bundles:
-    return tuple(jnp.zeros(len(slots), jnp.float32) for slots in layout.bundles)
+@once_compiled
+def _scale(
+    arrays: list[jax.Array],
+    norms: Blocks,
+    bounds: Blocks,
+    *,
+    groups: Groups,
+    response: Response,
+    nonfinite: NonFinite,
+) -> list[jax.Array]:
+    """The leaves, each times the factor of its group."""
+    factors = [response.factor(n, c) for n, c in zip(norms, bounds, strict=True)]
+    return [
+        scale_leaf(x, groups.of(norms, leaf), groups.of(factors, leaf), nonfinite)
+        for leaf, x in enumerate(arrays)
+    ]
 
 
 def scale_leaf(x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite) -> jax.Array:
     """`x * factor`, or zeros where its norm is not finite and that is asked for."""
-    clipped = _scale(x, factor)
+    clipped = scaled(x, factor)
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))
     return clipped
 
 
-def _in_bounds(x: jax.Array, bound: jax.Array) -> jax.Array:
-    """`x / bound`, with no `|x|` that XLA could share with the norm and would then store."""
-    wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
-    return times(wide, 1 / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))
-
-
-def _finite_where(norm: jax.Array, ratio: jax.Array) -> jax.Array:
-    """The largest ratio of a leaf whose largest element is `norm`: finite where that is."""
-    return jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, jnp.finfo(ratio.dtype).max), norm)
+@once_compiled
+def _clip_by_elements(
+    arrays: list[jax.Array],
+    bounds: list[jax.Array],
+    norms: Blocks,
+    *,
+    groups: Groups,
+    response: Response,
+    nonfinite: NonFinite,
+) -> list[jax.Array]:
+    return [
+        _clip_elements(x, groups.of(norms, leaf), bound, response, nonfinite)
+        for leaf, (x, bound) in enumerate(zip(arrays, bounds, strict=True))
+    ]
 
 
 def _clip_elements(
@@ -261,13 +270,39 @@ def _clip_elements(
             factor = response.of_elements(modulus, largest.astype(modulus.dtype), bound)
         else:
             factor = response.factor(modulus, bound)
-        clipped = _scale(x, factor)
+        clipped = scaled(x, factor)
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(x), clipped, jnp.zeros_like(x))
     return clipped
 
 
-def _scale(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x * factor`, rounded once to the leaf's dtype."""
-    wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
-    return times(wide, factor).astype(x.dtype)
+@once_compiled
+def answered(
+    norm: jax.Array, bound: jax.Array, *, response: Response, nonfinite: NonFinite, elements: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The factor of a norm and what becomes of it: it is clipped as a single element would be.
+
+    The factor is 0 where a group that is not finite was zeroed.
+    """
+    factor = response.factor(norm, bound)
+    if elements:
+        after = _clip_elements(norm, norm, jnp.broadcast_to(bound, norm.shape), response, nonfinite)
+    else:
+        after = scale_leaf(norm, norm, factor, nonfinite)
+    return jnp.where((after == 0) & ~jnp.isfinite(norm), 0.0, factor), after
+
+
+@once_compiled
+def _in_bounds(arrays: list[jax.Array], bounds: list[jax.Array]) -> list[jax.Array]:
+    """`x / bound`, with no `|x|` that XLA could share with the norm and would then store."""
+
+    def one(x: jax.Array, bound: jax.Array) -> jax.Array:
+        wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
+        return times(wide, 1 / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))
+
+    return [one(x, bound) for x, bound in zip(arrays, bounds, strict=True)]
+
+
+def _finite_where(norms: jax.Array, ratios: jax.Array) -> jax.Array:
+    """The largest ratios of leaves whose largest elements are `norms`: finite where those are."""
+    return jnp.where(jnp.isfinite(norms), jnp.minimum(ratios, jnp.finfo(ratios.dtype).max), norms)

@@ -46,7 +46,7 @@ def spam_clip(
 
     Returns:
       A gradient transformation. Its state is one float32 array like the parameters (and
-      `warmup + 3` numbers a leaf, with the safeguards). Its statistics count in bounds:
+      `2 warmup + 3` numbers a leaf, with the safeguards). Its statistics count in bounds:
       `pre_clip_norm` is the largest `|g| / c` of any element, beside a `threshold` of 1.
 
     Raises:

@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 from optaxclip._arguments import check_count
 from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree, place
+from optaxclip._numerics import accumulator
 from optaxclip.clippers import polar
-from optaxclip.clipping import ClipState, NonFinite, Transform, scale_leaf
+from optaxclip.clipping import ClipState, NonFinite, Transform, answered, scale_leaf
 from optaxclip.measure.norms import Norm
-from optaxclip.measure.reductions import accumulator
+from optaxclip.measure.reductions import Sums
 from optaxclip.measure.statistics import check_same_groups, empty_stats, record
 from optaxclip.measure.units import UnitAxes, resolve
 from optaxclip.responses import Rescale, Response, Soften
@@ -104,8 +105,8 @@ def clip_singular_values(
     clip = _Clip(soft, method, steps, answer)
 
     def init_fn(params: Tree) -> ClipState:
-        layout = norm.layout(norm.leaves(params))
-        stats = empty_stats(norm, layout)
+        groups = norm.groups(norm.leaves(params))
+        stats = empty_stats(norm, groups)
         return ClipState(name or "clip_singular_values", stats, limit.init(norm, params))
 
     def update_fn(
@@ -113,32 +114,26 @@ def clip_singular_values(
     ) -> tuple[Tree, ClipState]:
         leaves = norm.leaves(updates)
         leaves.map(_check_whole)
-        layout = norm.layout(leaves)
-        check_same_groups(state.stats, layout)
-        context = Context(state.stats.count, norm, layout, leaves, params, extra_args)
+        groups = norm.groups(leaves)
+        check_same_groups(state.stats, groups)
+        context = Context(state.stats.count, norm, groups, leaves, params, extra_args)
         # Given bounds need the layout alone.
-        zeros = layout.bundle([jnp.zeros(shape) for shape in layout.unit_shapes])
+        zeros = jnp.zeros(groups.size)
         found, threshold_state = limit.bound(zeros, state.threshold_state, context)
-        bounds = non_negative(found)
+        bounds = non_negative(groups.blocks_of(found))
 
         clipped, norms = [], []
-        for x, axes, shape, bound in zip(
-            leaves.arrays,
-            layout.unit_axes,
-            layout.unit_shapes,
-            layout.by_slot(bounds),
-            strict=True,
-        ):
-            y, n = clip.leaf(x, axes, bound)
+        for leaf, (x, axes) in enumerate(zip(leaves.arrays, groups.unit_axes, strict=True)):
+            y, n = clip.leaf(x, axes, groups.of(bounds, leaf))
             if nonfinite == "zero":
                 y = jnp.where(jnp.isfinite(n), y, jnp.zeros_like(y))
             clipped.append(y.astype(x.dtype))
-            norms.append(n.reshape(shape).astype(jnp.float32))
+            norms.append(n.reshape(groups.unit_shapes[leaf]).astype(jnp.float32))
 
-        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
-            return scale_leaf(norm, norm, answer.factor(norm, bound), nonfinite)
+        def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return answered(norm, bound, response=answer, nonfinite=nonfinite, elements=False)
 
-        stats = record(state.stats, layout, layout.bundle(norms), bounds, answer, clip_norm)
+        stats = record(state.stats, groups, groups.blocks(norms), bounds, after)
         return leaves.replace(clipped), ClipState(state.name, stats, threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -198,13 +193,9 @@ class _Clip:
 
 
 def _length(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The Euclidean norm, safe from overflow, with a finite derivative at zero."""
-    size = jnp.abs(x).astype(dtype)
-    unit = jax.lax.stop_gradient(jnp.max(size, axis=axes, keepdims=True))
-    unit = jnp.maximum(unit, jnp.finfo(dtype).tiny)
-    total = jnp.sum(jnp.square(size / unit), axis=axes, keepdims=True)
-    positive = total > 0
-    return jnp.where(positive, unit * jnp.sqrt(jnp.where(positive, total, 1.0)), total)
+    """The Euclidean norm, with axes of length one."""
+    (sums,) = Sums(2).of([x], (axes,), dtype)
+    return Sums(2).norm(sums, 1)
 
 
 def _matrix_axes(unit_axes: UnitAxes, path: str, x: Any) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""From norms of the parts that devices hold to norms of the whole, in one collective."""
+"""From what devices add up of their parts to that of the whole, in one collective."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,63 +13,35 @@ from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import varying_axes
 from optaxclip._leaves import Leaves, Tree, path_name, place
-from optaxclip.measure.reductions import power, vanishing
+from optaxclip.measure.reductions import Kind
 
 Axes = tuple[str, ...]
 """Names of axes of a mesh."""
 
 
 def over_mesh(
-    parts: dict[Axes, dict[int, jax.Array]],
-    order: Any,
-    shapes: Sequence[tuple[int, ...]],
-    dtype: Any,
+    parts: dict[Axes, dict[int, jax.Array]], kind: Kind, shapes: Sequence[tuple[int, ...]]
 ) -> list[jax.Array]:
-    """Norms of parts, by the mesh axes they are split over and by slot -> norms, slot by slot.
+    """Of what devices added up, by the mesh axes it is split over and by group: of the whole.
 
-    Each part is in range already; only scalars travel. Of what is whole on some axis, one device
-    along it speaks for all, so that one collective does for leaves split in different ways.
+    Only a few numbers a norm travel. Of what is whole on some axis, one device along it speaks for
+    all, so that one collective does for leaves split in different ways.
     """
     every = tuple(sorted({axis for axes in parts for axis in axes}))
-    vectors = {
-        axes: jnp.concatenate(
-            [
-                part[slot].reshape(-1) if slot in part else jnp.zeros(math.prod(shape), dtype)
-                for slot, shape in enumerate(shapes)
-            ]
-        )
-        for axes, part in parts.items()
-    }
-
-    def all_reduce(pack: Callable, collective: Callable, join: Callable) -> jax.Array:
-        packed = [_spoken_for(pack(v), axes, every) for axes, v in vectors.items()]
-        return collective(functools.reduce(join, packed), every)
-
-    def largest() -> jax.Array:
-        """The maximum, with what `pmax` would lose: where there is NaN."""
-
-        def pack(v: jax.Array) -> jax.Array:
-            return jnp.stack([jnp.nan_to_num(v, posinf=jnp.inf), jnp.isnan(v).astype(dtype)])
-
-        size, is_nan = all_reduce(pack, lax.pmax, jnp.maximum)
-        return jnp.where(is_nan > 0, jnp.nan, size)
-
-    if order == math.inf:
-        norms = largest()
-    elif order in (1, 2, "rms"):
-        term, root = power(1 if order == 1 else 2, 1)
-        scales = _scales(dtype)
-        # Norms are >= 0. Without `maximum`, XLA makes v^2 scale^2 of it, which is inf * 0.
-        sums = all_reduce(lambda v: term(jnp.maximum(v * scales[:, None], 0.0)), lax.psum, jnp.add)
-        norms = _best(sums, scales, root)
-    else:
-        term, root = power(order, 1)
-        unit = largest()
-        unit = lax.stop_gradient(jnp.where((unit > 0) & (unit < jnp.inf), unit, 1.0))
-        norms = unit * root(all_reduce(lambda v: term(v / unit), lax.psum, jnp.add))
+    scales, dtype = next((len(x), x.dtype) for part in parts.values() for x in part.values())
+    packed = []
+    for axes, part in parts.items():
+        flat = [
+            part[group].reshape(scales, -1)
+            if group in part
+            else jnp.zeros((scales, math.prod(shape)), dtype)
+            for group, shape in enumerate(shapes)
+        ]
+        packed.append(_spoken_for(jnp.concatenate(flat, axis=1), axes, every))
+    whole = kind.collective(functools.reduce(kind.join, packed), every)
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    pieces = jnp.split(norms, ends)
-    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    pieces = jnp.split(whole, ends, axis=1)
+    return [x.reshape(scales, *shape) for x, shape in zip(pieces, shapes, strict=True)]
 
 
 def check_reduced(updates: Leaves, params: Tree) -> None:
@@ -96,11 +68,22 @@ def placed(part: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
     """The part of an array that a device holds in its place in the whole, zero elsewhere."""
     if part.shape == shape:
         return part
-    starts = [
-        lax.axis_index(_names(entry)) * d if d < whole else 0
-        for entry, d, whole in zip(_padded(spec, part.ndim), part.shape, shape, strict=True)
-    ]
+    starts = _starts(part.shape, shape, spec)
     return lax.dynamic_update_slice(jnp.zeros(shape, part.dtype), part, starts)
+
+
+def part_of(whole: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
+    """The part of an array that a device holds; of a scalar the scalar."""
+    if not whole.ndim or whole.shape == shape:
+        return whole
+    return lax.dynamic_slice(whole, _starts(shape, whole.shape, spec), shape)
+
+
+def _starts(part: tuple[int, ...], whole: tuple[int, ...], spec: P) -> list[Any]:
+    return [
+        lax.axis_index(_names(entry)) * d if d < n else 0
+        for entry, d, n in zip(_padded(spec, len(part)), part, whole, strict=True)
+    ]
 
 
 def axes_of(spec: P) -> Axes:
@@ -122,19 +105,3 @@ def _spoken_for(x: jax.Array, axes: Axes, every: Axes) -> jax.Array:
     """`x` on one device along each axis it is whole on, zero on the others."""
     whole = [lax.axis_index(axis) == 0 for axis in every if axis not in axes]
     return jnp.where(functools.reduce(jnp.logical_and, whole), x, 0) if whole else x
-
-
-def _scales(dtype: Any) -> np.ndarray:
-    """1, and two powers of two that bring the square of any finite number into range."""
-    low, high = (-560, 540) if dtype == jnp.float64 else (-80, 64)
-    return np.asarray([1.0, 2.0**low, 2.0**high], dtype)
-
-
-def _best(sums: jax.Array, scales: np.ndarray, root: Callable) -> jax.Array:
-    """The norm from its sums at three scales: the unscaled one unless that left its range."""
-    small, big = vanishing(sums[0]), jnp.isinf(sums[0])
-    total = jnp.where(small, sums[2], jnp.where(big, sums[1], sums[0]))
-    norm = root(total)
-    scaled = norm / jnp.where(small, scales[2], jnp.where(big, scales[1], scales[0]))
-    largest = jnp.finfo(norm.dtype).max
-    return jnp.where(jnp.isfinite(norm), jnp.minimum(scaled, largest), norm)

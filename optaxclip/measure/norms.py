@@ -1,15 +1,8 @@
-"""What a clipper measures: float32-safe, overflow-safe, shard-aware norms of a tree.
-
-A `Norm` reads the leaves of a tree and gives norms: one for the whole tree, for each leaf,
-for each unit of each leaf (row, filter, head), or for each labelled group of leaves. What
-shares a norm is a slot: one leaf, or several. Slots of one shape are handled together, a
-bundle at a time.
-"""
+"""What a clipper measures: float32-safe, overflow-safe, shard-aware norms of a tree."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -20,114 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import LeafFn, Leaves, Tree, place
-from optaxclip.measure.mesh import Axes, axes_of, over_mesh, placed
-from optaxclip.measure.reductions import Terms, accumulator, norms_of
+from optaxclip._numerics import accumulator, once_compiled
+from optaxclip.measure.groups import Blocks, Groups
+from optaxclip.measure.mesh import Axes, axes_of, over_mesh, part_of, placed
+from optaxclip.measure.reductions import Kind, Largest, Powers, Sums, unit_of
 from optaxclip.measure.units import UnitAxes, resolve
 
 By = Literal["element", "global", "leaf", "unit", "group"]
 AxisName = str | tuple[str, ...] | LeafFn | None
-Bundles = tuple[jax.Array, ...]
-"""One array a bundle, [slots, *unit shape], where the unit shape broadcasts to the leaf."""
 
 L2: Any = np.int64(2)
 """The default `ord`: not an `int`, so that `optax.inject_hyperparams` leaves it static."""
-
-# How many leaves share a branch for norms that left the range, and the kernels of `_reductions`.
-# More conditionals run and compile more slowly: with bundles of 2^18 elements, so that leaves are
-# updated while in cache, rms clipping of 300 x 256x256 in front of Adam took 1.30x Adam, with these
-# 1.25x, and compiling it for 1000 x 1024 took 22 s against 8 s (2 CPU cores).
-_BUNDLE_LEAVES = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which leaf belongs to which slot; made from shapes alone, so it is static under jit."""
-
-    paths: tuple[str, ...]
-    slots: tuple[int, ...]
-    """The slot of each leaf."""
-    unit_axes: tuple[tuple[int, ...], ...]
-    """The axes to reduce, of each leaf."""
-    unit_shapes: tuple[tuple[int, ...], ...]
-    """The shape of each slot's norms."""
-    bundles: tuple[tuple[int, ...], ...]
-    """The slots of each bundle."""
-    labels: tuple[str, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """How many norms there are: slots, or units."""
-        return sum(map(math.prod, self.unit_shapes))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One name a norm: the label, the leaf's path, or `path[index of the unit]`."""
-        if self.labels is not None:
-            return self.labels
-        return tuple(
-            f"{path}[{','.join(map(str, index))}]" if shape else path
-            for path, shape in zip(self.paths, self.unit_shapes, strict=True)
-            for index in np.ndindex(*shape)
-        )
-
-    @property
-    def members(self) -> list[list[int]]:
-        """The leaves of each slot."""
-        members: list[list[int]] = [[] for _ in self.unit_shapes]
-        for leaf, slot in enumerate(self.slots):
-            members[slot].append(leaf)
-        return members
-
-    def bundle(self, by_slot: Sequence[jax.Array]) -> Bundles:
-        """Arrays slot by slot -> bundles; a scalar becomes one that broadcasts to its units."""
-
-        def full(slot: int) -> jax.Array:
-            x = by_slot[slot]
-            return x if x.ndim else x.reshape((1,) * len(self.unit_shapes[slot]))
-
-        return tuple(jnp.stack([full(slot) for slot in slots]) for slots in self.bundles)
-
-    def by_slot(self, bundles: Bundles) -> list[jax.Array]:
-        """Bundles -> arrays slot by slot. A bundle without axes holds for all of its slots."""
-        found: dict[int, jax.Array] = {}
-        for array, slots in zip(bundles, self.bundles, strict=True):
-            for k, slot in enumerate(slots):
-                found[slot] = lax.index_in_dim(array, k, keepdims=False) if array.ndim else array
-        return [found[slot] for slot in range(len(found))]
-
-    def vector(self, bundles: Bundles) -> jax.Array:
-        """Bundles -> one float32 vector [size], in the order of `names` on every machine."""
-        order = np.argsort(self._bundled)
-        return flat(bundles)[order] if bundles else jnp.zeros(0, jnp.float32)
-
-    def from_vector(self, vector: jax.Array, dtype: Any) -> Bundles:
-        """A vector [size], in the order of `names` -> bundles."""
-        shapes = [(len(slots), *self.unit_shapes[slots[0]]) for slots in self.bundles if slots]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        # A bundle is a gather of its own. Were they slices of one, XLA would slice anew for each
-        # leaf: the bounds of 256 leaves compiled for 5.0 s instead of 1.9 s.
-        return tuple(
-            vector[at].astype(dtype).reshape(shape)
-            for at, shape in zip(np.split(self._bundled, ends), shapes, strict=bool(shapes))
-        )
-
-    @property
-    def _bundled(self) -> np.ndarray:
-        """Where in the order of `names` each norm of the bundles, laid end to end, comes from."""
-        ends = np.cumsum([0, *map(math.prod, self.unit_shapes)])
-        units = [np.arange(ends[slot], ends[slot + 1]) for b in self.bundles for slot in b]
-        return np.concatenate([np.zeros(0, int), *units])
-
-
-def flat(bundles: Bundles) -> jax.Array:
-    """All bundles in one float32 vector; what is finite stays finite."""
-    vectors = [x.reshape(-1) for x in bundles]
-    vector = vectors[0] if len(vectors) == 1 else jnp.concatenate(vectors)
-    vector = lax.optimization_barrier(vector)
-    if vector.dtype == jnp.float32:
-        return vector
-    largest = jnp.finfo(jnp.float32).max
-    return jnp.where(jnp.isfinite(vector), jnp.minimum(vector, largest), vector).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +56,14 @@ class Norm:
 
     Guarantees:
       Terms are added in float32, in float64 if a leaf is float64, whatever the leaf dtype.
-      A norm is finite exactly when each of its elements is: sums that overflow or
-      underflow are taken again, scaled, and a norm past the largest float is that float.
-      Ordinary values are read once. The derivative at zero is finite.
+      A norm is finite exactly when each of its elements is: sums neither overflow nor vanish,
+      and a norm past the largest float is that float. Leaves are read once, without a branch.
+      The derivative at zero is finite.
 
     Edge cases:
       Integer, boolean, float0, None, MaskedNode and empty leaves are not counted; a tree
-      without floating-point leaves has global norm 0. A unit whose every element is below
-      1e-19 may measure 0. By `"element"` the largest modulus is measured, whatever `ord` is.
+      without floating-point leaves has global norm 0. By `"element"` the largest modulus is
+      measured, whatever `ord` is.
       Orders besides 1, 2, `inf` and `"rms"` read the leaves twice, and take two collectives on a
       mesh. Leaves that vary over a mesh axis are taken for shards: a data-parallel gradient that
       was not reduced yet counts as one long gradient. Reduce it first.
@@ -205,94 +101,50 @@ class Norm:
         """The leaves that count."""
         return Leaves.of(tree, self.exclude)
 
-    def layout(self, leaves: Leaves) -> Layout:
-        """The slots of the leaves. Raises when labels or unit axes do not fit them."""
+    def groups(self, leaves: Leaves) -> Groups:
+        """Which leaf belongs to which norm. Raises when labels or unit axes do not fit them."""
         paths = tuple(leaves.paths)
         every_axis = tuple(tuple(range(x.ndim)) for x in leaves.arrays)
         if self.by == "global":
-            return Layout(paths, (0,) * len(paths), every_axis, ((),), ((0,),), ("global",))
+            return Groups(paths, (0,) * len(paths), every_axis, ((),), ("global",))
         if self.by == "group":
             found = self._labels_of(leaves)
             labels = tuple(sorted(set(found)))
-            slots = tuple(map(labels.index, found))
-            alone = tuple((slot,) for slot in range(len(labels)))
-            return Layout(paths, slots, every_axis, ((),) * len(labels), alone, labels)
-        slots = tuple(range(len(paths)))
+            of_leaf = tuple(map(labels.index, found))
+            return Groups(paths, of_leaf, every_axis, ((),) * len(labels), labels)
+        of_leaf = tuple(range(len(paths)))
         if self.by != "unit":
-            bundles = _bundles(leaves.arrays, every_axis)
-            return Layout(paths, slots, every_axis, ((),) * len(paths), bundles)
+            return Groups(paths, of_leaf, every_axis, ((),) * len(paths))
         axes = tuple(leaves.map(functools.partial(resolve, self.unit_axes)))
         shapes = tuple(
-            tuple(1 if i in a else d for i, d in enumerate(x.shape)) if len(a) < x.ndim else ()
-            for a, x in zip(axes, leaves.arrays, strict=True)
+            _kept(x, a) if len(a) < x.ndim else () for a, x in zip(axes, leaves.arrays, strict=True)
         )
-        return Layout(paths, slots, axes, shapes, _bundles(leaves.arrays, axes))
+        return Groups(paths, of_leaf, axes, shapes)
 
-    def measure(self, leaves: Leaves, layout: Layout, *, nan: bool = True) -> Bundles:
+    def measure(self, leaves: Leaves, groups: Groups) -> Blocks:
         """The norms, in float32 (float64 if a leaf of the tree is float64).
 
-        For `by="element"` the largest modulus of each leaf, infinite with `nan=False` where it
-        is NaN: leaves that are computed on the spot are then not stored.
+        For `by="element"` the largest modulus of each leaf.
         """
+        order = math.inf if self.by == "element" else self.ord
         found = [explicit_sharding(x) for x in leaves.arrays]
         meshes = [sharding.mesh for sharding in found if sharding is not None]
-        if not meshes:
-            return self._measure(leaves, layout, None, nan)
-        specs = [P() if sharding is None else sharding.spec for sharding in found]
-
-        # The types say which device holds what, so that one collective does where XLA, left to
-        # itself, makes one a dimension that is split, and several more for units.
-        def shards(arrays: list[jax.Array]) -> Bundles:
-            return self._measure(dataclasses.replace(leaves, arrays=arrays), layout, specs, nan)
-
-        return jax.shard_map(
-            shards,
-            mesh=meshes[0],
-            in_specs=(specs,),
-            out_specs=P(),
-            axis_names=set(meshes[0].explicit_axes),
-        )(leaves.arrays)
-
-    def _measure(
-        self, leaves: Leaves, layout: Layout, specs: Sequence[P] | None, nan: bool
-    ) -> Bundles:
-        """`measure`, of what a device holds; `specs` say of which part of each leaf, if known."""
-        dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in leaves.arrays})
-        order = math.inf if self.by == "element" else self.ord
-        mesh = leaves.map(self._mesh_axes) if specs is None else list(map(axes_of, specs))
-        members = layout.members
-        if members == [[]]:  # the global norm of nothing
-            return (jnp.zeros(1, dtype),)
-
-        def norms(slots: Sequence[int], axes: Axes) -> jax.Array:
-            """Of the leaves of some slots of one shape that are split over these axes."""
-            here = [[i for i in members[slot] if mesh[i] == axes] for slot in slots]
-            first = here[0][0]
-            shape = layout.unit_shapes[slots[0]]
-            if specs is not None and shape:
-                kept = layout.unit_axes[first]
-                shape = tuple(
-                    1 if i in kept else d for i, d in enumerate(leaves.arrays[first].shape)
-                )
-            count = _elements(leaves, mesh, members[slots[0]])
-            count //= math.prod(layout.unit_shapes[slots[0]])
-            terms = [
-                [Terms(leaves.arrays[i], layout.unit_axes[i], shape) for i in leaf] for leaf in here
-            ]
-            return norms_of(terms, order, count, dtype, nan)
-
-        if not any(mesh):
-            return tuple(norms(slots, ()) for slots in layout.bundles)
-        parts: dict[Axes, dict[int, jax.Array]] = {}
-        for bundle in layout.bundles:
-            for axes in sorted({mesh[i] for slot in bundle for i in members[slot]}):
-                slots = [slot for slot in bundle if any(mesh[i] == axes for i in members[slot])]
-                for slot, found in zip(slots, norms(slots, axes), strict=True):
-                    if specs is not None and found.ndim:
-                        (leaf,) = members[slot]
-                        found = placed(found, layout.unit_shapes[slot], specs[leaf])
-                    parts.setdefault(axes, {})[slot] = found
-        return layout.bundle(over_mesh(parts, order, layout.unit_shapes, dtype))
+        if meshes:
+            specs = tuple(P() if sharding is None else sharding.spec for sharding in found)
+            axes = tuple(map(axes_of, specs))
+            # The types say which device holds what, so that one collective does where XLA, left to
+            # itself, makes one a dimension that is split, and several more for units.
+            return jax.shard_map(
+                lambda arrays: _measured(
+                    arrays, order=order, groups=groups, axes=axes, specs=specs
+                ),
+                mesh=meshes[0],
+                in_specs=(list(specs),),
+                out_specs=P(),
+                axis_names=set(meshes[0].explicit_axes),
+            )(leaves.arrays)
+        axes = tuple(leaves.map(self._mesh_axes))
+        return _measured(leaves.arrays, order=order, groups=groups, axes=axes, specs=None)
 
     def _labels_of(self, leaves: Leaves) -> list[str]:
         if callable(self.labels):
@@ -324,27 +176,72 @@ class Norm:
         return tuple(a for a in axes if a in varying) if varying else axes
 
 
-def _bundles(
-    leaves: Sequence[jax.Array], unit_axes: Sequence[tuple[int, ...]]
-) -> tuple[tuple[int, ...], ...]:
-    """Leaves of one shape, some at a time; on a mesh units stay apart, as they may be sharded."""
-    bundles: list[list[int]] = []
-    latest: dict[Any, list[int]] = {}
-    for i, (x, axes) in enumerate(zip(leaves, unit_axes, strict=True)):
-        apart = len(axes) < x.ndim and jax.device_count() > 1
-        bundle = latest.get((x.shape, axes))
-        if bundle is None or len(bundle) >= _BUNDLE_LEAVES or apart:
-            bundle = latest[x.shape, axes] = []
-            bundles.append(bundle)
-        bundle.append(i)
-    return tuple(map(tuple, bundles))
+@once_compiled
+def _measured(
+    arrays: list[jax.Array],
+    *,
+    order: Any,
+    groups: Groups,
+    axes: tuple[Axes, ...],
+    specs: tuple[P, ...] | None,
+) -> Blocks:
+    """Norms of leaves that are split over these mesh axes; `specs` say how, if known."""
+    dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in arrays})
+    if groups.members == [[]]:  # the global norm of nothing
+        return groups.blocks([jnp.zeros((), dtype)])
+    totals = functools.partial(_totals, arrays, groups, axes, specs, dtype)
+    kind: Kind = Sums(order)
+    units = None
+    if order == math.inf:
+        kind = Largest()
+    elif order not in (1, 2, "rms"):
+        units = [unit_of(Largest().norm(x, 1)) for x in totals(Largest())]
+        by_leaf = [units[group] for group in groups.of_leaf]
+        if specs is not None:
+            here = map(_kept, arrays, groups.unit_axes)
+            by_leaf = list(map(part_of, by_leaf, here, specs))
+        kind = Powers(order, tuple(by_leaf))
+    sizes = [
+        x.size * math.prod(lax.axis_size(axis) for axis in a)
+        for x, a in zip(arrays, axes, strict=True)
+    ]
+    norms = []
+    for group, (total, shape) in enumerate(zip(totals(kind), groups.unit_shapes, strict=True)):
+        elements = sum(sizes[i] for i in groups.members[group])
+        norm = kind.norm(total, elements // math.prod(shape))
+        if units is not None:
+            norm = jnp.minimum(
+                norm * units[group], jnp.where(jnp.isfinite(norm), jnp.finfo(dtype).max, norm)
+            )
+        norms.append(norm)
+    return groups.blocks(norms)
 
 
-def _elements(leaves: Leaves, mesh: list[Axes], members: list[int]) -> int:
-    """How many elements the members have on the whole mesh."""
-    return sum(
-        leaves.arrays[i].size * math.prod(lax.axis_size(axis) for axis in mesh[i]) for i in members
-    )
+def _kept(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if i in axes else d for i, d in enumerate(x.shape))
+
+
+def _totals(
+    arrays: list[jax.Array],
+    groups: Groups,
+    axes: tuple[Axes, ...],
+    specs: tuple[P, ...] | None,
+    dtype: Any,
+    kind: Kind,
+) -> list[jax.Array]:
+    """What the norms are made of, [scales, *unit shape] a group: of the whole mesh."""
+    parts: dict[Axes, dict[int, jax.Array]] = {}
+    for i, found in enumerate(kind.of(arrays, groups.unit_axes, dtype)):
+        group = groups.of_leaf[i]
+        shape = groups.unit_shapes[group]
+        if specs is not None and shape:
+            found = placed(found, (len(found), *shape), P(None, *specs[i]))
+        found = found.reshape(len(found), *shape)
+        others = parts.setdefault(axes[i], {})
+        others[group] = kind.join(others[group], found) if group in others else found
+    if not any(axes):
+        return [parts[()][group] for group in range(len(groups.unit_shapes))]
+    return over_mesh(parts, kind, groups.unit_shapes)
 
 
 def _check_ord(ord: Any) -> None:

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.measure.norms import Bundles, Layout, Norm, flat
-from optaxclip.measure.reductions import largest
-from optaxclip.responses import Response
+from optaxclip._numerics import as_float32, maximum_of, once_compiled
+from optaxclip.measure.groups import Blocks, Groups
+from optaxclip.measure.norms import Norm
 
-# The worst of 1000 slots in one step is one kernel of 1000 formulas, which compiles for 22 s; in
-# steps of this many it takes 5 s (2 CPU cores).
-_AT_ONCE = 32
+Answer = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""`(norm, bound) -> (factor, norm afterwards)`."""
 
 # Up to this many leaves, units or labelled groups are recorded one by one.
 _MAX_RECORDED = 256
@@ -80,16 +79,16 @@ class ClipStats(NamedTuple):
     """Of an aggregator of per-example gradients; else None."""
 
 
-def empty_stats(norm: Norm, layout: Layout) -> ClipStats:
+def empty_stats(norm: Norm, groups: Groups) -> ClipStats:
     """The statistics before the first step."""
-    groups = None
-    if norm.by in ("leaf", "unit", "group") and 1 < layout.size <= _MAX_RECORDED:
-        groups = GroupStats(
-            layout.names,
-            jnp.zeros(layout.size, jnp.float32),
-            jnp.zeros(layout.size, jnp.float32),
-            jnp.ones(layout.size, jnp.float32),
-            jnp.zeros(layout.size, jnp.int32),
+    by_group = None
+    if norm.by in ("leaf", "unit", "group") and 1 < groups.size <= _MAX_RECORDED:
+        by_group = GroupStats(
+            groups.names,
+            jnp.zeros(groups.size, jnp.float32),
+            jnp.zeros(groups.size, jnp.float32),
+            jnp.ones(groups.size, jnp.float32),
+            jnp.zeros(groups.size, jnp.int32),
         )
     return ClipStats(
         count=jnp.zeros((), jnp.int32),
@@ -99,14 +98,14 @@ def empty_stats(norm: Norm, layout: Layout) -> ClipStats:
         clip_factor=jnp.ones((), jnp.float32),
         clipped_count=jnp.zeros((), jnp.int32),
         nonfinite_count=jnp.zeros((), jnp.int32),
-        groups=groups,
+        groups=by_group,
     )
 
 
-def check_same_groups(stats: ClipStats, layout: Layout) -> None:
+def check_same_groups(stats: ClipStats, groups: Groups) -> None:
     """Raises where the groups are not those that `init` saw."""
-    if stats.groups is not None and stats.groups.names != layout.names:
-        then, now = stats.groups.names, layout.names
+    if stats.groups is not None and stats.groups.names != groups.names:
+        then, now = stats.groups.names, groups.names
         differing = (name for name in (*now, *then) if name not in now or name not in then)
         raise ValueError(
             f"updates must have the groups that init saw, got {len(now)} for {len(then)}, and"
@@ -116,35 +115,41 @@ def check_same_groups(stats: ClipStats, layout: Layout) -> None:
 
 
 def record(
-    stats: ClipStats,
-    layout: Layout,
-    norms: Bundles,
-    bounds: Bundles,
-    response: Response,
-    clip_norm: Callable[[jax.Array, jax.Array], jax.Array],
+    stats: ClipStats, groups: Groups, norms: Blocks, bounds: Blocks, answer: Answer
 ) -> ClipStats:
     """The statistics after a step with these norms and bounds."""
-    count = optax.safe_increment(stats.count)
-    if not norms:
-        return stats._replace(count=count)
-
-    def factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
-        """The factor; 0 where a group that is not finite was zeroed."""
-        zeroed = (clip_norm(norm, bound) == 0) & ~jnp.isfinite(norm)
-        return jnp.where(zeroed, 0.0, response.factor(norm, bound))
-
+    if not groups.size:
+        return stats._replace(count=optax.safe_increment(stats.count))
+    recorded = None
+    if stats.groups is not None:
+        norms, bounds = ([_vector(x, groups=groups)] for x in (norms, bounds))
+        recorded = *norms, *bounds, answer(*norms, *bounds)[0]
     norm, bound, exceeded = _worst(norms, bounds)
+    return _recorded(stats, (norm, bound, exceeded, *answer(norm, bound)), recorded)
+
+
+def record_nothing(stats: ClipStats, bounds: Blocks) -> ClipStats:
+    """The statistics after a step in which nothing was measured."""
+    unknown = jnp.full((), -1, jnp.float32)
+    uncounted = jnp.full((), -1, jnp.int32)
+    count, least = optax.safe_increment(stats.count), jnp.min(as_float32(bounds[0]))
+    return ClipStats(count, unknown, unknown, least, unknown, uncounted, uncounted, None)
+
+
+@once_compiled
+def _recorded(stats: ClipStats, worst: Any, recorded: Any) -> ClipStats:
+    norm, bound, exceeded, factor, afterwards = worst
     groups = stats.groups
     if groups is not None:
-        n, c = layout.vector(norms), layout.vector(_broadcast(bounds, norms))
+        n, c, f = recorded
         clipped_count = _count_if(~(n <= c), groups.clipped_count)
-        groups = GroupStats(groups.names, n, c, factor(n, c), clipped_count)
+        groups = GroupStats(groups.names, n, c, as_float32(f), clipped_count)
     return ClipStats(
-        count=count,
-        pre_clip_norm=norm,
-        post_clip_norm=clip_norm(norm, bound),
-        threshold=bound,
-        clip_factor=factor(norm, bound),
+        count=optax.safe_increment(stats.count),
+        pre_clip_norm=as_float32(norm),
+        post_clip_norm=as_float32(afterwards),
+        threshold=as_float32(bound),
+        clip_factor=as_float32(factor),
         clipped_count=_count_if(exceeded, stats.clipped_count),
         nonfinite_count=_count_if(~jnp.isfinite(norm), stats.nonfinite_count),
         groups=groups,
@@ -152,53 +157,44 @@ def record(
     )
 
 
-def record_nothing(
-    stats: ClipStats, layout: Layout, norms: Bundles, bounds: Bundles, *_: Any
-) -> ClipStats:
-    """The statistics after a step in which nothing was measured."""
-    count = optax.safe_increment(stats.count)
-    if not norms:
-        return stats._replace(count=count)
-    unknown = jnp.full((), -1, jnp.float32)
-    uncounted = jnp.full((), -1, jnp.int32)
-    least = jnp.min(flat(bounds))
-    return ClipStats(count, unknown, unknown, least, unknown, uncounted, uncounted, None)
+@once_compiled
+def _vector(blocks: Blocks, *, groups: Groups) -> jax.Array:
+    return as_float32(groups.vector(blocks))
 
 
-def _worst(norms: Bundles, bounds: Bundles) -> tuple[jax.Array, jax.Array, jax.Array]:
+@once_compiled
+def _worst(norms: Blocks, bounds: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm and bound where n / c is largest, and whether any n exceeds its c.
 
-    Norms that are not finite come first, and of equal ratios the larger norm.
+    Norms that are not finite come first, and of equal ratios the larger norm. By maxima alone:
+    where units are split over a mesh, whatever picks by an index would gather them.
     """
-    if all(bound is bounds[0] for bound in bounds) and bounds[0].ndim == 0:
-        norm, (bound,) = _max(norms), flat(bounds[:1])
-        return norm, bound, ~(norm <= bound)
-    if len(norms) > _AT_ONCE:
-        starts = range(0, len(norms), _AT_ONCE)
-        parts = [_worst(norms[i : i + _AT_ONCE], bounds[i : i + _AT_ONCE]) for i in starts]
-        worst_norms, worst_bounds, exceeded = zip(*parts, strict=True)
-        norm, bound, _ = _worst(worst_norms, worst_bounds)
-        return norm, bound, jnp.any(jnp.stack(exceeded))
-    n, c = flat(norms), flat(_broadcast(bounds, norms))
-    zero = n == 0
-    excess = jnp.where(zero, 0.0, n / jnp.where(zero, 1.0, c))
-    excess = jnp.where(jnp.isfinite(n) & ~jnp.isnan(excess), excess, jnp.inf)
+    pairs = [(n, jnp.broadcast_to(c, n.shape)) for n, c in zip(norms, bounds, strict=True)]
+    if len(bounds) == 1 and bounds[0].ndim == 0:
+        norm = maximum_of(norms[0])
+        return norm, bounds[0], ~(norm <= bounds[0])
+    ratio, beyond = _most([(_excess(n, c), (~(n <= c)).astype(n.dtype)) for n, c in pairs])
     # Groups may share a factor (they are clipped together in a warm-up), which rounding must not
-    # tell apart: of those furthest out, the longest. NaN is largest for argmax.
-    furthest = excess >= (1 - 1e-5) * jnp.max(excess)
-    at = jnp.argmax(jnp.where(furthest, n, -1.0))
-    return n[at], c[at], ~jnp.all(n <= c)
+    # tell apart: of those furthest out, the longest.
+    far = [_excess(n, c) >= (1 - 1e-5) * ratio for n, c in pairs]
+    furthest = [
+        (jnp.where(out, n, 0.0), jnp.where(out, c, 0.0))
+        for out, (n, c) in zip(far, pairs, strict=True)
+    ]
+    return *_most(furthest), beyond > 0
 
 
-def _max(norms: Bundles) -> jax.Array:
-    while len(norms) > _AT_ONCE:
-        starts = range(0, len(norms), _AT_ONCE)
-        norms = tuple(largest(flat(norms[i : i + _AT_ONCE])) for i in starts)
-    return largest(flat(norms))
+def _excess(n: jax.Array, c: jax.Array) -> jax.Array:
+    """`n / c`; infinite where n is not finite."""
+    ratio = jnp.where(n == 0, 0.0, n / jnp.where(n == 0, 1.0, c))
+    return jnp.where(jnp.isfinite(n) & ~jnp.isnan(ratio), ratio, jnp.inf)
 
 
-def _broadcast(bounds: Bundles, norms: Bundles) -> Bundles:
-    return tuple(jnp.broadcast_to(c, n.shape) for c, n in zip(bounds, norms, strict=True))
+def _most(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """The largest of either number, of all arrays."""
+    each = [maximum_of(jnp.stack(pair).reshape(2, -1), axis=1) for pair in pairs]
+    whole = maximum_of(jnp.stack(each), axis=0) if len(each) > 1 else each[0]
+    return whole[0], whole[1]
 
 
 def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:

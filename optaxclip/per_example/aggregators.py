@@ -1,6 +1,5 @@
 """Per-example clipping inside `optax.chain`: from per-example gradients to one update."""
 
-import functools
 import math
 import numbers
 from typing import Any, Literal
@@ -11,13 +10,12 @@ import numpy as np
 from optax.experimental import aggregating
 
 from optaxclip._leaves import LeafFn, Tree
-from optaxclip.clipping import ClipState
+from optaxclip._numerics import maximum_of, root
+from optaxclip.clipping import ClipState, NonFinite, answered
 from optaxclip.measure.norms import Norm
-from optaxclip.measure.reductions import largest
 from optaxclip.measure.statistics import check_same_groups, empty_stats, record
 from optaxclip.per_example.explicit_axes import of_gradients
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
-from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.statistics import (
     empty_example_stats,
     noise_scale_of,
@@ -105,8 +103,8 @@ def clip_per_example(
     name = name or "clip_per_example"
 
     def init_fn(params: Tree) -> ClipState:
-        layout = measured.layout(measured.leaves(params))
-        stats = empty_stats(measured, layout)._replace(examples=empty_example_stats())
+        groups = measured.groups(measured.leaves(params))
+        stats = empty_stats(measured, groups)._replace(examples=empty_example_stats())
         return ClipState(name, stats, limit.init(measured, params))
 
     def update_fn(
@@ -115,40 +113,37 @@ def clip_per_example(
         incoming = Incoming.of(updates, params)
         forms, size = incoming.forms, incoming.size
         leaves = measured.leaves(incoming.like)
-        layout = measured.layout(leaves)
-        check_same_groups(state.stats, layout)
+        groups = measured.groups(leaves)
+        check_same_groups(state.stats, groups)
 
         moving = [forms[i] for i in leaves.positions]
-        squares = [total([moving[i].sq_norm() for i in m], size) for m in layout.members]
-        norms = [root(x) for x in squares]
-        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
+        squares = [total([moving[i].sq_norm() for i in m], size) for m in groups.members]
+        norms = jnp.stack([root(x) for x in squares]) if squares else jnp.zeros((0, size))
+        finite = jnp.all(jnp.isfinite(norms), axis=0)
         count = state.stats.count
-        context = Context(count, measured, layout, leaves, params, extra_args)
+        context = Context(count, measured, groups, leaves, params, extra_args)
         # A threshold that learns must not see the finite parts of an example that is dropped.
-        seen = [jnp.where(finite, n, jnp.nan) for n in norms] if nan_safe else norms
-        bundles = layout.bundle(seen)
-        bounds, threshold_state = limit.bound(bundles, state.threshold_state, context)
-        bounds = non_negative(bounds)
-        pairs = list(zip(norms, layout.by_slot(bounds), strict=True))
+        seen = jnp.where(finite[None], norms, jnp.nan) if nan_safe else norms
+        found, threshold_state = limit.bound(seen, state.threshold_state, context)
+        (bounds,) = non_negative(groups.blocks_of(found))
+        c = jnp.broadcast_to(bounds, groups.size)[:, None]
 
-        factors = [answer.factor(n, c) for n, c in pairs]
+        factors = answer.factor(norms, c)
         if nan_safe:
-            factors = [jnp.where(finite, f, 0.0) for f in factors]
+            factors = jnp.where(finite[None], factors, 0.0)
             moving = [masked(form, finite) for form in moving]
-        weights = [f / _divisor(mean, size) for f in factors]
+        weights = factors / _divisor(mean, size)
 
         sums = incoming.zeros()
-        for i, form, slot in zip(leaves.positions, moving, layout.slots, strict=True):
-            sums[i] = form.weighted_sum(weights[slot])
+        for leaf, (i, form) in enumerate(zip(leaves.positions, moving, strict=True)):
+            sums[i] = form.weighted_sum(groups.of([weights], leaf))
 
-        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
-            """What becomes of an example's norm."""
-            clipped = norm * answer.factor(norm, bound)
-            return jnp.where(jnp.isfinite(norm), clipped, 0.0) if nan_safe else clipped
+        def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+            nonfinite: NonFinite = "zero" if nan_safe else "propagate"
+            return answered(norm, bound, response=answer, nonfinite=nonfinite, elements=False)
 
-        worst = layout.bundle([largest(n) for n in norms])
-        stats = record(state.stats, layout, worst, bounds, answer, clip_norm)
-        exceeded = functools.reduce(jnp.logical_or, [~(n <= c) for n, c in pairs])
+        stats = record(state.stats, groups, [maximum_of(norms, axis=1)], [bounds], after)
+        exceeded = jnp.any(~(norms <= c), axis=0)
         clipped = total([jnp.square(f) * x for f, x in zip(factors, squares, strict=True)], size)
         moved = [sums[i] for i in leaves.positions]
         noise = noise_scale_of(clipped, finite, sq_norm(moved) * _divisor(mean, size) ** 2)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip._leaves import Tree, path_name, place
+from optaxclip._numerics import root
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of
 from optaxclip.per_example.explicit_axes import on_automatic_axes
 from optaxclip.per_example.factored import factored, stacked
 from optaxclip.per_example.forms import zero_like
-from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.trees import materialize, sq_norms, weighted_sum
 
 

@@ -14,15 +14,14 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip.clipping import ClipState
+from optaxclip._numerics import accumulator, maximum_of, root
+from optaxclip.clipping import ClipState, answered
 from optaxclip.measure.norms import Norm
-from optaxclip.measure.reductions import accumulator, largest
 from optaxclip.measure.statistics import empty_stats, record
 from optaxclip.per_example.cancellation import Terms, settled
 from optaxclip.per_example.explicit_axes import of_gradients
 from optaxclip.per_example.forms import Form, over_examples
 from optaxclip.per_example.incoming import Incoming, sq_norm, total
-from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.statistics import empty_example_stats, record_examples
 from optaxclip.per_example.trees import cast, masked
 from optaxclip.responses import Rescale, Response
@@ -118,7 +117,7 @@ def aggregator(
 
     def init_fn(params: Tree) -> ClipState:
         leaves = WHOLE.leaves(params)
-        stats = empty_stats(WHOLE, WHOLE.layout(leaves))._replace(examples=empty_example_stats())
+        stats = empty_stats(WHOLE, WHOLE.groups(leaves))._replace(examples=empty_example_stats())
         return ClipState(name, stats, init(leaves, params))
 
     def update_fn(
@@ -126,22 +125,20 @@ def aggregator(
     ) -> tuple[Tree, ClipState]:
         incoming = Incoming.of(updates, params)
         leaves = WHOLE.leaves(incoming.like)
-        layout = WHOLE.layout(leaves)
+        groups = WHOLE.groups(leaves)
         forms = [incoming.forms[i] for i in leaves.positions]
         norms = root(total([form.sq_norm() for form in forms], incoming.size))
         finite = jnp.isfinite(norms)
         wide = [cast(masked(form, finite), accumulator(form.dtype)) for form in forms]
-        context = Context(state.stats.count, WHOLE, layout, leaves, params, extra_args)
+        context = Context(state.stats.count, WHOLE, groups, leaves, params, extra_args)
         answer = rule(Batch(wide, norms, finite), state.threshold_state, context)
 
-        def clip_norm(norm: jax.Array, bound: jax.Array) -> jax.Array:
-            """What becomes of an example's norm."""
-            return jnp.where(jnp.isfinite(norm), norm * answer.response.factor(norm, bound), 0.0)
+        def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return answered(norm, bound, response=answer.response, nonfinite="zero", elements=False)
 
         measured = norms if answer.norms is None else answer.norms
         bound = jnp.asarray(answer.bound, measured.dtype)
-        worst, bounds = layout.bundle([largest(measured)]), layout.bundle([bound])
-        stats = record(state.stats, layout, worst, bounds, answer.response, clip_norm)
+        stats = record(state.stats, groups, [maximum_of(measured)[None]], [bound], after)
         beyond = ~(measured <= bound) if answer.kept is None else ~answer.kept
         stats = record_examples(stats, norms, finite, beyond, answer.noise_scale)
         sums = incoming.zeros()

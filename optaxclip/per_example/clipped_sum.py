@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from optaxclip._compat import as_varying
 from optaxclip._leaves import Leaves, Tree
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator, root
 from optaxclip.per_example.arguments import Call
 from optaxclip.per_example.costs import Costs, Method
 from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.incoming import Incoming, total
 from optaxclip.per_example.microbatches import accumulated
-from optaxclip.per_example.safe_norms import root
 from optaxclip.per_example.schedules import best_microbatch_size, scheduled, second_pass
 from optaxclip.per_example.trees import cast, masked, materialize, sq_norms
 from optaxclip.responses import Rescale

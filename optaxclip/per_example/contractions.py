@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxclip._compat import explicit_sharding
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 
 # A sum whose intermediate is larger is taken block by block.
 _BLOCK_BYTES = 2**26

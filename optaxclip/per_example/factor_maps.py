@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip._compat import primitives as P  # noqa: N812
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.contractions import by_examples, einsum
 from optaxclip.per_example.forms import Dense, Form, Gathered, Outer, scale
 from optaxclip.per_example.isometries import Moved, Passage, through

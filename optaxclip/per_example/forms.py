@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.cancellation import Terms, settled
 from optaxclip.per_example.contractions import (
     by_blocks,

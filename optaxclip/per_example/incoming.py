@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree, path_name, place
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
 
 

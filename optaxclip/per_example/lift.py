@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.forms import Dense, Form, Gathered, Outer, Sum, add
 from optaxclip.per_example.layout import Layout
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.contractions import by_rank, ranks
 from optaxclip.per_example.explicit_axes import of_gradients
 from optaxclip.per_example.forms import Form, Gathered, Outer, over_examples

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from optaxclip._compat import primitives as P  # noqa: N812
 from optaxclip._compat import source_line
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example import factor_maps as factor_maps  # registers its rules
 from optaxclip.per_example.assumptions import is_linear
 from optaxclip.per_example.forms import Dense, Form, Shared, add, terms

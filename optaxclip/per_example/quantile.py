@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_between, check_bound, check_positive
 from optaxclip._leaves import Tree
-from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.measure.norms import Norm
 from optaxclip.thresholds.given import Context, Threshold
 
 
@@ -33,21 +33,20 @@ class ExampleQuantile:
     batch_size: Any
 
     def init(self, norm: Norm, params: Tree) -> QuantileState:
-        groups = len(norm.layout(norm.leaves(params)).unit_shapes)
-        start = jnp.full(groups, self.start, jnp.float32)
+        groups = norm.groups(norm.leaves(params))
+        start = jnp.full(groups.size, self.start, jnp.float32)
         return QuantileState(start, () if self.key is None else self.key)
 
     def bound(
-        self, norms: Bundles, state: QuantileState, context: Context
-    ) -> tuple[Bundles, QuantileState]:
-        layout, bounds, key = context.layout, state.bounds, state.key
-        by_group = layout.by_slot(norms)
-        if any(n.ndim != 1 for n in by_group):
+        self, norms: jax.Array, state: QuantileState, context: Context
+    ) -> tuple[jax.Array, QuantileState]:
+        bounds, key = state.bounds, state.key
+        if norms.ndim != 2:
             raise ValueError(
                 "example_quantile needs the norms of several examples, got one norm a step. Pass it"
                 " to clip_per_example; for one norm a step use clip_by_quantile."
             )
-        n = jax.lax.stop_gradient(jnp.stack(by_group)).astype(jnp.float32)  # [groups, B]
+        n = jax.lax.stop_gradient(norms).astype(jnp.float32)  # [groups, B]
         inside = jnp.sum(n <= bounds[:, None], axis=1, dtype=jnp.float32)
         number = jnp.sum(jnp.isfinite(n), axis=1, dtype=jnp.float32)
         known = number > 0
@@ -60,8 +59,7 @@ class ExampleQuantile:
         share = inside / jnp.maximum(number, 1)
         step = jnp.exp(-self.step_size * (share - self.quantile))  # eq. 2
         new = jnp.where(known, bounds * step, bounds)
-        now_bounds = layout.bundle(list(bounds.astype(by_group[0].dtype)))
-        return now_bounds, QuantileState(new, key)
+        return bounds.astype(norms.dtype), QuantileState(new, key)
 
 
 def example_quantile(

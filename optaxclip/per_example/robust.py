@@ -11,7 +11,7 @@ from optax.experimental import aggregating
 
 from optaxclip._arguments import check_between, check_count, check_positive
 from optaxclip._leaves import Leaves, Tree
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.batch import WHOLE, Answer, Batch, aggregator
 from optaxclip.per_example.incoming import sq_norm
 from optaxclip.per_example.statistics import noise_scale_of
@@ -119,8 +119,8 @@ def centered_clip(
         context.updates.check_like(point)
         distances = batch.distances(point)
         seen = jnp.where(batch.finite, distances, jnp.nan)
-        bounds, limit_state = limit.bound(context.layout.bundle([seen]), limit_state, context)
-        (bound,) = context.layout.by_slot(non_negative(bounds))
+        bounds, limit_state = limit.bound(seen[None], limit_state, context)
+        bound = context.groups.of(non_negative(context.groups.blocks_of(bounds)), 0)
         for k in range(iterations):
             distances = batch.distances(point) if k else distances
             weights = batch.mean_weights() * Rescale().factor(distances, bound)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator, root
 from optaxclip.per_example.forms import Dense, Form, Outer, Shared, Sum, terms
 
 # Stands for the exponent of zero.
@@ -44,11 +44,6 @@ def norms_of(forms: Sequence[Form]) -> jax.Array:
         return jnp.ldexp(root(_sq_norm([_scaled(form, top) for form in forms])), top)
 
     return lax.cond(jnp.all(fine), plain, again)
-
-
-def root(x: jax.Array) -> jax.Array:
-    """With a derivative of zero at zero."""
-    return jnp.where(x == 0, x, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def _sq_norm(forms: Sequence[Form]) -> jax.Array:

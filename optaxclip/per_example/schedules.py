@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
 from optaxclip.per_example.costs import Costs, Method, costs_of, total_loss
 from optaxclip.per_example.explicit_axes import on_automatic_axes

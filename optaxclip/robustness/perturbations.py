@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 
 
 def flat(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
-from optaxclip.measure.reductions import largest
+from optaxclip._numerics import maximum_of
 from optaxclip.robustness.inputs import Bounds
 from optaxclip.robustness.perturbations import (
     directions,
@@ -84,7 +84,7 @@ def sensitivity(
 
     keys = jax.random.split(key, len(x))
     best, mean = in_batches(of_batch, batch_size, x, keys)
-    return SensitivityStats(largest(best), jnp.mean(mean), best)
+    return SensitivityStats(maximum_of(best), jnp.mean(mean), best)
 
 
 @functools.partial(jax.jit, static_argnums=0)

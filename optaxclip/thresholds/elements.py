@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.measure.norms import Norm
 from optaxclip.thresholds.given import Context, ElementBounds
 from optaxclip.thresholds.learned import Learned, LearnedState
 from optaxclip.thresholds.rules import RootMeanSquare
@@ -57,23 +57,21 @@ class Shares:
         return SharesState(self.level.init(norm, params), _filled(norm, params, 1.0))
 
     def bound(
-        self, norms: Bundles, state: SharesState, context: Context
+        self, norms: jax.Array, state: SharesState, context: Context
     ) -> tuple[ElementBounds, SharesState]:
-        updates, layout = context.updates, context.layout
+        updates, groups = context.updates, context.groups
         shares = updates.check_like(state.shares)
-        norms = context.norm.measure(updates, layout)  # the same, unless stats=False
+        (norms,) = context.norm.measure(updates, groups)  # the same, unless stats=False
         levels, level = self.level.bound(norms, state.level, context)
         # In the warm-up of a leaf its steps count alike, and the 1 it starts from as one more.
         seen = state.level.seen
-        rate_of = jnp.where(seen < self.warmup, 1 / (seen + 2), 1 - self.decay)
-        scales = tuple(map(_inverse, norms))
-        rates = layout.from_vector(rate_of, jnp.float32)
+        rates = jnp.where(seen < self.warmup, 1 / (seen + 2), 1 - self.decay)
+        scales = _inverse(norms)
         # Without this XLA computes each scalar anew for every element.
         scales, levels, rates = jax.lax.optimization_barrier((scales, levels, rates))
         bounds, new_shares = [], []
-        for x, scale, c, rate, share in zip(
-            updates.arrays, *map(layout.by_slot, (scales, levels, rates)), shares, strict=True
-        ):
+        for leaf, (x, share) in enumerate(zip(updates.arrays, shares, strict=True)):
+            scale, c, rate = (groups.of([x], leaf) for x in (scales, levels, rates))
             part = _square(x, scale)
             new = jnp.sqrt(
                 jnp.square(share) + rate * (part.astype(share.dtype) - jnp.square(share))
@@ -106,7 +104,7 @@ class SecondMoments:
     def init(self, norm: Norm, params: Tree) -> Tree:
         return _filled(norm, params, 0.0)
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
         del norms
         updates, theta = context.updates, jnp.asarray(self.theta, jnp.float32)
         before = updates.check_like(state)

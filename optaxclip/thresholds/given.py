@@ -1,7 +1,7 @@
 """How large a norm may be: a number, a schedule, a tree of either, the parameters' norm.
 
-A `Threshold` turns norms, in bundles (see `norms`), into bounds. It may keep state of fixed
-shape, so that bounds can be learned from history.
+A `Threshold` maps the vector of norms to bounds. It may keep state of fixed shape, so that bounds
+can be learned from history.
 """
 
 import dataclasses
@@ -13,7 +13,11 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_bound
 from optaxclip._leaves import Leaves, Tree, first_difference, place
-from optaxclip.measure.norms import Bundles, Layout, Norm
+from optaxclip.measure.groups import Blocks, Groups
+from optaxclip.measure.norms import Norm
+
+Bounds = jax.Array | Blocks
+"""A vector, a scalar, or by unit one array a leaf as `Norm.measure` gives them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Context:
     count: jax.Array
     """Steps taken before this one, an int32 scalar."""
     norm: Norm
-    layout: Layout
+    groups: Groups
+    """Which leaf belongs to which norm; `groups.names` has a name for each."""
     updates: Leaves
     params: Tree | None
     extra_args: Mapping[str, Any]
@@ -37,10 +42,11 @@ class Threshold(Protocol):
         """The state before the first step: any tree of arrays whose shapes never change."""
         ...
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
-        """The bounds, each broadcasting against its bundle of norms, and the next state.
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
+        """The bounds for the norms, [groups], and the next state.
 
-        In `clip_per_example` the norms have the examples on a last axis; the bounds do not.
+        Bounds are a vector like the norms, or one scalar for all. In `clip_per_example` norms are
+        [groups, examples], and bounds [groups].
         """
         ...
 
@@ -60,7 +66,7 @@ class ElementThreshold(Protocol):
         """As in `Threshold`."""
         ...
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
         """The bounds, and the next state; `norms` are the largest elements of each leaf."""
         ...
 
@@ -85,7 +91,7 @@ class Given:
         del norm, params
         return ()
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
         def scalar(key_path: Any, bound: Any) -> jax.Array:
             bound = jnp.asarray(bound(context.count) if callable(bound) else bound)
             if bound.ndim:
@@ -94,39 +100,40 @@ class Given:
                     f" {bound.shape}. Several bounds, one a leaf or label, are a tree of scalars; a"
                     " global norm has one."
                 )
-            return bound.astype(jnp.float32 if not norms else norms[0].dtype)
+            return bound.astype(norms.dtype)
 
         bounds = jax.tree.map_with_path(scalar, self.bounds)
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(self.bounds)):
-            return (bounds,) * len(norms), state
-        layout = context.layout
+            return bounds, state
+        groups = context.groups
         if context.norm.by == "group":
-            self._check_labels(layout)
-            return layout.bundle([bounds[label] for label in layout.names]), state
+            self._check_labels(groups)
+            return groups.blocks([bounds[label] for label in groups.names])[0], state
         if context.norm.by == "global":
             raise ValueError(
                 f"{self.argument} must be one bound for a global norm, got a tree:"
                 f" {self.bounds!r}. Use clip_by_leaf_norm or clip_by_group_norm for several."
             )
-        return layout.bundle(context.updates.from_prefix(bounds, self.argument)), state
+        by_leaf = groups.blocks(context.updates.from_prefix(bounds, self.argument))
+        return by_leaf if groups.has_units else by_leaf[0], state
 
-    def _check_labels(self, layout: Layout) -> None:
+    def _check_labels(self, groups: Groups) -> None:
         flat = isinstance(self.bounds, Mapping) and jax.tree_util.all_leaves(self.bounds.values())
         if not flat:
             raise TypeError(
                 f"{self.argument} must map labels to bounds, got {self.bounds!r}. Pass a dict"
-                f" with the keys {list(layout.names)}."
+                f" with the keys {list(groups.names)}."
             )
-        missing = [label for label in layout.names if label not in self.bounds]
-        unused = [label for label in self.bounds if label not in layout.names]
+        missing = [label for label in groups.names if label not in self.bounds]
+        unused = [label for label in self.bounds if label not in groups.names]
         if missing or unused:
             problem = f"no leaf is labelled {unused[0]!r}" if unused else ""
             if missing:
-                leaf = layout.paths[layout.members[layout.names.index(missing[0])][0]]
+                leaf = groups.paths[groups.members[groups.names.index(missing[0])][0]]
                 problem = f"label {missing[0]!r} (of {place(leaf)}) has no bound"
             raise ValueError(
                 f"every label needs a bound and every bound a leaf, got bounds for"
-                f" {sorted(self.bounds)} and leaves labelled {list(layout.names)}: {problem}. Make"
+                f" {sorted(self.bounds)} and leaves labelled {list(groups.names)}: {problem}. Make"
                 " the two agree; float('inf') leaves a group unclipped."
             )
 
@@ -146,7 +153,7 @@ class ParamNorm:
         del norm, params
         return ()
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
         if context.params is None:
             raise ValueError(
                 "a bound relative to the parameters needs params, got None. Call"
@@ -162,13 +169,15 @@ class ParamNorm:
                 " gradient was taken for."
             )
 
-        def bound(norm: jax.Array, size: jax.Array) -> jax.Array:
-            least = jnp.maximum(size, jnp.asarray(self.eps).astype(size.dtype))
-            return jnp.asarray(ratio).astype(norm.dtype) * least.astype(norm.dtype)
+        ratio = jnp.asarray(self.ratio(context.count) if callable(self.ratio) else self.ratio)
+        eps = jnp.asarray(self.eps)
+        sizes = context.norm.measure(params, context.groups)
+        bounds = [ratio.astype(norms.dtype) * _at_least(x, eps).astype(norms.dtype) for x in sizes]
+        return bounds if context.groups.has_units else bounds[0], state
 
-        ratio = self.ratio(context.count) if callable(self.ratio) else self.ratio
-        sizes = context.norm.measure(params, context.layout)
-        return tuple(map(bound, norms, sizes)), state
+
+def _at_least(x: jax.Array, least: jax.Array) -> jax.Array:
+    return jnp.maximum(x, least.astype(x.dtype))
 
 
 def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
@@ -181,7 +190,6 @@ def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
     return value if isinstance(value, Threshold) else Given(value, argument)
 
 
-def non_negative(bounds: Bundles) -> Bundles:
-    """Each bound or 0; NaN stays. One bound for all stays one array."""
-    clamped = {id(bound): jnp.maximum(bound, 0.0) for bound in bounds}
-    return tuple(clamped[id(bound)] for bound in bounds)
+def non_negative(bounds: Blocks) -> Blocks:
+    """Each bound or 0; NaN stays."""
+    return [jnp.maximum(bound, 0.0) for bound in bounds]

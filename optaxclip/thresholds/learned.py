@@ -3,7 +3,8 @@
 A `Rule` is a formula: what it remembers of past norms, and the bound that follows. `Learned`
 makes a threshold of it, and looks after the warm-up, norms that say nothing (zero, NaN,
 infinite), outliers, and the recovery from a change of level. Everything is by norm, in vectors
-in the order of `Layout.names`: what a machine handles together is not in the state.
+in the order of `Groups.names`. There is no branch and no sort: the norms that the warm-up needs
+the median of are kept in order as they come.
 """
 
 import dataclasses
@@ -11,11 +12,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip.measure.norms import Bundles, Norm
-from optaxclip.thresholds.given import Context, Threshold
+from optaxclip._numerics import as_float32, once_compiled
+from optaxclip.measure.norms import Norm
+from optaxclip.thresholds.given import Bounds, Context, Threshold
 
 # A norm counts for at most this many times its bound, and in the warm-up this many times the
 # median is the bound: steady norms stay well within, and one spike moves no statistic far.
@@ -31,8 +34,11 @@ class Rule(Protocol):
         """The memory before the first norm, of fixed shapes."""
         ...
 
-    def seed(self, recent: jax.Array) -> Tree:
-        """The memory after the norms `recent` [warmup, size], oldest first, and no others."""
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> Tree:
+        """The memory after the norms `recent` [warmup, size], oldest first, and no others.
+
+        `ordered` are the same, smallest first. It is computed on every step, and seldom used.
+        """
         ...
 
     def early(self, norms: jax.Array) -> jax.Array:
@@ -53,6 +59,8 @@ class LearnedState(NamedTuple):
 
     recent: jax.Array
     """The last `warmup` norms as they came, oldest first; inf where there was none."""
+    ordered: jax.Array
+    """The same, smallest first."""
     seen: jax.Array
     """How many norms have counted, up to `warmup`, int32."""
     streak: jax.Array
@@ -102,53 +110,47 @@ class Learned:
             )
 
     def init(self, norm: Norm, params: Tree) -> LearnedState:
-        size = norm.layout(norm.leaves(params)).size
+        size = norm.groups(norm.leaves(params)).size
         return LearnedState(
             recent=jnp.full((self.warmup, size), jnp.inf, jnp.float32),
+            ordered=jnp.full((self.warmup, size), jnp.inf, jnp.float32),
             seen=jnp.full(size, self.warmup if self.ready else 0, jnp.int32),
             streak=jnp.zeros(size, jnp.int32),
             memory=self.rule.init(size),
         )
 
     def bound(
-        self, norms: Bundles, state: LearnedState, context: Context
-    ) -> tuple[Bundles, LearnedState]:
-        layout = context.layout
-        if state.seen.shape != (layout.size,):
+        self, norms: jax.Array, state: LearnedState, context: Context
+    ) -> tuple[jax.Array, LearnedState]:
+        groups = context.groups
+        if state.seen.shape != (groups.size,):
             raise ValueError(
-                f"updates must have the norms that init saw, got {layout.size} for"
+                f"updates must have the norms that init saw, got {groups.size} for"
                 f" {state.seen.shape[0]}, of the leaves {context.updates.sketch()}. Call init with"
                 " the tree the gradient is taken for, and inside shard_map with what one device"
                 " holds."
             )
-        if not norms:
-            return norms, state
-        if sum(n.size for n in norms) != layout.size:
+        if norms.ndim > 1:
             raise ValueError(
-                f"a bound learned from past norms needs one norm a step, got {norms[0].shape[-1]},"
+                f"a bound learned from past norms needs one norm a step, got {norms.shape[-1]},"
                 " one for each example. Pass example_quantile to clip_per_example."
             )
+        if not groups.size:
+            return norms, state
+        bounds, new_state = _learned(norms, state, threshold=self)
+        return bounds.astype(norms.dtype), new_state
+
+    def _step(self, norms: jax.Array, state: LearnedState) -> tuple[jax.Array, LearnedState]:
         # The bound is a constant to differentiation, also where the present norm counts in it.
-        n = jax.lax.stop_gradient(layout.vector(norms))
+        n = lax.stop_gradient(as_float32(norms))
         telling = jnp.isfinite(n) & (n > 0)
         n = jnp.where(telling, n, 0.0)
         learning = state.seen < self.warmup
-        bounds = jnp.where(
-            learning, self._early(n, state, learning), self.rule.bound(state.memory, n)
-        )
-        new_state = self._learn(n, telling, learning, bounds, state)
-        return layout.from_vector(bounds, norms[0].dtype), new_state
-
-    def _early(self, n: jax.Array, state: LearnedState, learning: jax.Array) -> jax.Array:
         early = self.rule.early(n)
-        if self.relearn_after is None:
-            return early
-
-        def guarded() -> jax.Array:
-            return jnp.minimum(early, _OUTLIER * _median(state.recent))
-
-        # Sorting is for the warm-up alone.
-        return jax.lax.cond(jnp.any(learning), guarded, lambda: early)
+        if self.relearn_after is not None:
+            early = jnp.minimum(early, _OUTLIER * _median(state.ordered))
+        bounds = jnp.where(learning, early, self.rule.bound(state.memory, n))
+        return bounds, self._learn(n, telling, learning, bounds, state)
 
     def _learn(
         self,
@@ -158,11 +160,13 @@ class Learned:
         bounds: jax.Array,
         state: LearnedState,
     ) -> LearnedState:
-        recent = jnp.where(telling, push(state.recent, n), state.recent)
+        recent = jnp.where(telling[None], push(state.recent, n), state.recent)
+        ordered = jnp.where(telling[None], insert(state.ordered, state.recent[0], n), state.ordered)
         seen = jnp.where(telling & learning, state.seen + 1, state.seen)
         start = telling & learning & (seen == self.warmup)
         counted, streak = telling & ~learning, state.streak
         limited = n
+        limit: Any = jnp.inf
         beyond = n > bounds
         if not self.outliers_count:
             counted &= ~beyond
@@ -172,14 +176,17 @@ class Learned:
             start = start | again
             streak = jnp.where(again, 0, streak)
             limited = jnp.minimum(n, _OUTLIER * bounds)
+            limit = _OUTLIER * _median(ordered)[None]
         memory = _where(counted, self.rule.update(state.memory, limited, bounds), state.memory)
+        seed = self.rule.seed(jnp.minimum(recent, limit), jnp.minimum(ordered, limit))
+        return LearnedState(recent, ordered, seen, streak, _where(start, seed, memory))
 
-        def seeded() -> Tree:
-            limit = jnp.inf if self.relearn_after is None else _OUTLIER * _median(recent)
-            return _where(start, self.rule.seed(jnp.minimum(recent, limit)), memory)
 
-        memory = jax.lax.cond(jnp.any(start), seeded, lambda: memory)
-        return LearnedState(recent, seen, streak, memory)
+@once_compiled
+def _learned(
+    norms: jax.Array, state: LearnedState, *, threshold: Learned
+) -> tuple[jax.Array, LearnedState]:
+    return threshold._step(norms, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +199,13 @@ class AtMost:
     def init(self, norm: Norm, params: Tree) -> Tree:
         return self.threshold.init(norm, params)
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
         bounds, state = self.threshold.bound(norms, state, context)
-        ceiling = self.ceiling(context.count) if callable(self.ceiling) else self.ceiling
-        return tuple(jnp.minimum(c, jnp.asarray(ceiling).astype(c.dtype)) for c in bounds), state
+        ceiling = jnp.asarray(
+            self.ceiling(context.count) if callable(self.ceiling) else self.ceiling
+        ).astype(norms.dtype)
+        limited = [jnp.minimum(c, ceiling) for c in context.groups.blocks_of(bounds)]
+        return limited if context.groups.has_units else limited[0], state
 
 
 def relearn_after_of(value: RelearnAfter, usual: int, warmup: Any) -> int | None:
@@ -216,11 +226,34 @@ def push(rows: jax.Array, row: jax.Array) -> jax.Array:
     return jnp.concatenate([rows[1:], row[None]])
 
 
-def _median(rows: jax.Array) -> jax.Array:
+def insert(ordered: jax.Array, oldest: jax.Array, row: jax.Array) -> jax.Array:
+    """Ordered columns without their oldest number and with a new one."""
+    rest, place = without(ordered, oldest), jnp.arange(len(ordered))[:, None]
+    new = jnp.sum(rest <= row[None], axis=0)[None]
+    moved = jnp.concatenate([rest[:1], rest[:-1]])
+    return jnp.where(place < new, rest, jnp.where(place == new, row[None], moved))
+
+
+def without(ordered: jax.Array, number: jax.Array) -> jax.Array:
+    """Ordered columns without one number of each; inf takes its place, at the end."""
+    before = jnp.arange(len(ordered))[:, None] < jnp.sum(ordered < number[None], axis=0)[None]
+    return jnp.where(before, ordered, push(ordered, jnp.full_like(number, jnp.inf)))
+
+
+def _median(ordered: jax.Array) -> jax.Array:
     """The lower median of the finite entries of each column; inf where there is none."""
-    at = jnp.maximum(jnp.sum(jnp.isfinite(rows), axis=0) - 1, 0) // 2
-    return jnp.take_along_axis(jnp.sort(rows, axis=0), at[None], axis=0)[0]
+    at = jnp.maximum(jnp.sum(jnp.isfinite(ordered), axis=0) - 1, 0) // 2
+    return pick(ordered, at)
+
+
+def pick(rows: jax.Array, at: jax.Array) -> jax.Array:
+    """Of each column the number at a place. By a sum: XLA fuses it, unlike a gather."""
+    place = jnp.arange(len(rows))[:, None]
+    return jnp.sum(jnp.where(place == at[None], rows, 0.0), axis=0)
 
 
 def _where(pick_new: jax.Array, new: Tree, old: Tree) -> Tree:
-    return jax.tree.map(lambda x, y: jnp.where(pick_new, x, y), new, old)
+    def select(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(pick_new.reshape((1,) * (x.ndim - 1) + pick_new.shape), x, y)
+
+    return jax.tree.map(select, new, old)

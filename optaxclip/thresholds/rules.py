@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip.thresholds.learned import push
+from optaxclip.thresholds.learned import insert, pick, push, without
 
 Mode = Literal["zscore", "mean", "percentile"]
 
@@ -38,9 +38,11 @@ class Percentile:
         empty = jnp.full((self.window, size), jnp.inf, jnp.float32)
         return Window(empty, empty + 0.0)  # two buffers, which may both be donated
 
-    def seed(self, recent: jax.Array) -> Window:
-        history = _last(recent, self.window)
-        return Window(history, jnp.sort(history, axis=0))
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> Window:
+        for oldest in recent[: max(len(recent) - self.window, 0)]:
+            ordered = without(ordered, oldest)[:-1]
+        missing = jnp.full((self.window - len(ordered), recent.shape[1]), jnp.inf)
+        return Window(_last(recent, self.window), jnp.concatenate([ordered, missing]))
 
     def early(self, norms: jax.Array) -> jax.Array:
         return jnp.full_like(norms, jnp.inf)
@@ -53,8 +55,8 @@ class Percentile:
         # A traced percentile beyond the ends counts as the end: past it there is no norm to read.
         at = jnp.clip(jnp.asarray(self.percentile, jnp.float32) / 100 * last, 0.0, last)
         low = jnp.floor(at)
-        places = jnp.stack([low, jnp.minimum(low + 1, last)]).astype(jnp.int32)
-        below, above = jnp.take_along_axis(rows, places, axis=0)
+        places = low.astype(jnp.int32), jnp.minimum(low + 1, last).astype(jnp.int32)
+        below, above = (pick(rows, at) for at in places)
         known = filled > 0
         step = jnp.where(known, above, 0.0) - jnp.where(known, below, 0.0)
         return jnp.where(known, self.factor * (below + (at - low) * step), jnp.inf)
@@ -64,13 +66,7 @@ class Percentile:
         return Window(push(memory.history, norms), self._insert(memory, norms))
 
     def _insert(self, memory: Window, norms: jax.Array) -> jax.Array:
-        """The ordered window without its oldest norm and with the present one."""
-        rows, place = memory.ordered, jnp.arange(self.window)[:, None]
-        gone = jnp.sum(rows < memory.history[0], axis=0)
-        rows = jnp.where(place < gone, rows, push(rows, jnp.full_like(norms, jnp.inf)))
-        new = jnp.sum(rows <= norms, axis=0)
-        moved = jnp.concatenate([rows[:1], rows[:-1]])
-        return jnp.where(place < new, rows, jnp.where(place == new, norms, moved))
+        return insert(memory.ordered, memory.history[0], norms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +80,8 @@ class WindowMoments:
     def init(self, size: int) -> jax.Array:
         return jnp.full((self.window, size), jnp.inf, jnp.float32)
 
-    def seed(self, recent: jax.Array) -> jax.Array:
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> jax.Array:
+        del ordered
         return _last(recent, self.window)
 
     def early(self, norms: jax.Array) -> jax.Array:
@@ -119,7 +116,8 @@ class ZScore:
     def init(self, size: int) -> MeanAndStd:
         return MeanAndStd(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
 
-    def seed(self, recent: jax.Array) -> MeanAndStd:
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> MeanAndStd:
+        del ordered
         return MeanAndStd(*_moments(recent))
 
     def early(self, norms: jax.Array) -> jax.Array:
@@ -160,7 +158,8 @@ class Ratio:
     def init(self, size: int) -> jax.Array:
         return jnp.zeros(size, jnp.float32)
 
-    def seed(self, recent: jax.Array) -> jax.Array:
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> jax.Array:
+        del ordered
         if self.robust:
             return jnp.mean(recent, axis=0)
 
@@ -203,7 +202,8 @@ class MovingMean:
     def init(self, size: int) -> Mean:
         return Mean(jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.float32))
 
-    def seed(self, recent: jax.Array) -> Mean:
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> Mean:
+        del ordered
         return Mean(jnp.mean(recent, axis=0), jnp.ones(recent.shape[1], jnp.float32))
 
     def early(self, norms: jax.Array) -> jax.Array:
@@ -231,9 +231,10 @@ class RootMeanSquare:
     def init(self, size: int) -> jax.Array:
         return jnp.zeros(size, jnp.float32)
 
-    def seed(self, recent: jax.Array) -> jax.Array:
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> jax.Array:
+        del ordered
         unit = jnp.maximum(jnp.max(recent, axis=0), jnp.finfo(recent.dtype).tiny)
-        return unit * jnp.sqrt(jnp.mean(jnp.square(recent / unit), axis=0))
+        return unit * jnp.sqrt(jnp.mean(jnp.square(recent / unit[None]), axis=0))
 
     def early(self, norms: jax.Array) -> jax.Array:
         return jnp.full_like(norms, jnp.inf)
@@ -260,8 +261,16 @@ class Quantile:
         start = 1.0 if self.start is None else self.start
         return jnp.broadcast_to(jnp.asarray(start, jnp.float32), (size,)) + 0.0
 
-    def seed(self, recent: jax.Array) -> jax.Array:
-        return jnp.quantile(recent, jnp.asarray(self.quantile, jnp.float32), axis=0)
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> jax.Array:
+        del recent
+        at = jnp.asarray(self.quantile, jnp.float32) * (len(ordered) - 1)
+        low = jnp.floor(at)
+        places = (
+            jnp.broadcast_to(x.astype(jnp.int32), ordered.shape[1:]) for x in (low, jnp.ceil(at))
+        )
+        below, above = (pick(ordered, place) for place in places)
+        known = jnp.isfinite(above)
+        return jnp.where(known, below + (at - low) * (jnp.where(known, above, 0.0) - below), above)
 
     def early(self, norms: jax.Array) -> jax.Array:
         return jnp.full_like(norms, jnp.inf)
@@ -282,7 +291,7 @@ def _moments(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     count = jnp.maximum(jnp.sum(known, axis=0), 1).astype(rows.dtype)
     mean = jnp.sum(jnp.where(known, rows, 0.0), axis=0) / count
     unit = jnp.maximum(mean, jnp.finfo(rows.dtype).tiny)  # squares stay in range
-    deviation = jnp.where(known, jnp.where(known, rows, 0.0) / unit - 1.0, 0.0)
+    deviation = jnp.where(known, jnp.where(known, rows, 0.0) / unit[None] - 1.0, 0.0)
     return mean, unit * jnp.sqrt(jnp.sum(jnp.square(deviation), axis=0) / count)
 
 

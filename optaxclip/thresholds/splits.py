@@ -4,9 +4,13 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from optaxclip._arguments import check_bound
 from optaxclip._leaves import Tree
-from optaxclip.measure.norms import Bundles, Norm
+from optaxclip.measure.norms import Norm
 from optaxclip.thresholds.given import Context, Given, Threshold
 
 
@@ -25,21 +29,19 @@ class Split:
             )
         return self.whole.init(norm, params)
 
-    def bound(self, norms: Bundles, state: Tree, context: Context) -> tuple[Bundles, Tree]:
-        if not norms:
-            return norms, state
-        layout = context.layout
-        bounds, state = self.whole.bound(norms, state, context)
-        units = [math.prod(shape) for shape in layout.unit_shapes]
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[jax.Array, Tree]:
+        groups = context.groups
+        whole = jnp.asarray(self.whole.bound(norms, state, context)[0])
+        units = [math.prod(shape) for shape in groups.unit_shapes]
         if self.shares == "even":
             sizes = [1.0] * len(units)
         else:
             counts = [x.size for x in context.updates.arrays]
-            whole = [sum(counts[i] for i in members) for members in layout.members]
-            sizes = [size / number for size, number in zip(whole, units, strict=True)]
-        total = sum(size * number for size, number in zip(sizes, units, strict=True))
-        c = bounds[0]
-        return layout.bundle([c * math.sqrt(size / max(total, 1)) for size in sizes]), state
+            of_groups = [sum(counts[i] for i in members) for members in groups.members]
+            sizes = [size / number for size, number in zip(of_groups, units, strict=True)]
+        by_norm = np.repeat(np.asarray(sizes), units)
+        shares = np.sqrt(by_norm / max(by_norm.sum(), 1))
+        return whole * shares.astype(whole.dtype), state
 
 
 def split_evenly(max_norm: Any) -> Threshold:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 
 
 class ErrorFeedbackState(NamedTuple):

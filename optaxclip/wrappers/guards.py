@@ -8,6 +8,7 @@ import optax
 
 from optaxclip._arguments import check_at_least, check_between, check_bound, check_count
 from optaxclip._leaves import Tree
+from optaxclip._numerics import as_float32, once_compiled
 from optaxclip.measure.norms import AxisName, Norm
 from optaxclip.thresholds.given import Context, Given, Threshold
 from optaxclip.thresholds.learned import Learned, RelearnAfter, relearn_after_of
@@ -89,13 +90,14 @@ def skip_nonfinite(
     ) -> tuple[Tree, SkipNonfiniteState]:
         # A norm is finite exactly when every element is. XLA shares it with a clipper inside.
         leaves = norm.leaves(updates)
-        finite = jnp.isfinite(norm.measure(leaves, norm.layout(leaves))[0][0])
+        ((n,),) = norm.measure(leaves, norm.groups(leaves))
+        finite = jnp.isfinite(n)
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         nothing = jax.tree.map(jnp.zeros_like, new_updates)
         new_updates = _select(finite, new_updates, nothing)
         new_inner = _select(finite, new_inner, state.inner_state)
-        counters = _count(finite, state, max_consecutive)
-        return new_updates, SkipNonfiniteState(*counters, new_inner)
+        skipped, consecutive, stuck = _count(finite, *state[:3], max_consecutive=max_consecutive)
+        return new_updates, SkipNonfiniteState(skipped, consecutive, stuck, new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -206,16 +208,19 @@ def skip_outliers(
         updates: Tree, state: SkipOutliersState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, SkipOutliersState]:
         leaves = norm.leaves(updates)
-        layout = norm.layout(leaves)
-        norms = norm.measure(leaves, layout)
-        context = Context(state.seen_count, norm, layout, leaves, params, extra_args)
-        bounds, threshold_state = threshold.bound(norms, state.threshold_state, context)
-        (n,), (c,) = layout.vector(norms), (jnp.min(jnp.asarray(bound)) for bound in bounds)
+        groups = norm.groups(leaves)
+        (norms,) = norm.measure(leaves, groups)
+        context = Context(state.seen_count, norm, groups, leaves, params, extra_args)
+        found, threshold_state = threshold.bound(norms, state.threshold_state, context)
+        n, c = as_float32(norms[0]), jnp.min(jnp.asarray(found))
         usual = jnp.isfinite(n) & (n <= c)
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         new_updates = _select(usual, new_updates, jax.tree.map(jnp.zeros_like, new_updates))
+        skipped, consecutive, stuck = _count(usual, *state[:3], max_consecutive=max_consecutive)
         return new_updates, SkipOutliersState(
-            *_count(usual, state, max_consecutive),
+            skipped,
+            consecutive,
+            stuck,
             _select(usual, new_inner, state.inner_state),
             optax.safe_increment(state.seen_count),
             n,
@@ -258,20 +263,24 @@ def _outlier_threshold(
     return Learned(memory, warmup, relearn_after, outliers_count=False)
 
 
+@once_compiled
 def _count(
     happened: jax.Array,
-    state: SkipNonfiniteState | SkipOutliersState,
+    skipped: jax.Array,
+    consecutive: jax.Array,
+    stuck: jax.Array,
+    *,
     max_consecutive: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The counters after a step that happened or was skipped."""
-    consecutive = jnp.where(happened, 0, optax.safe_increment(state.consecutive_count))
-    stuck = state.stuck
+    consecutive = jnp.where(happened, 0, optax.safe_increment(consecutive))
     if max_consecutive is not None:
         stuck = stuck | (consecutive >= max_consecutive)
-    skipped = jnp.where(happened, state.skipped_count, optax.safe_increment(state.skipped_count))
+    skipped = jnp.where(happened, skipped, optax.safe_increment(skipped))
     return skipped, consecutive, stuck
 
 
+@once_compiled
 def _select(pick_new: jax.Array, new: Tree, old: Tree) -> Tree:
     def select(n: Any, o: Any) -> Any:
         return n if n.dtype == jax.dtypes.float0 else jnp.where(pick_new, n, o)

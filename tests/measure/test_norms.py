@@ -10,11 +10,10 @@ from tools.norm_cases import (
     LABELS,
     ORDS,
     assert_other_leaves_do_not_count,
-    by_slot,
-    joined,
     measure,
     mixed,
     names,
+    vector,
 )
 from tools.oracles import norm as exact
 from tools.oracles import unit_norms
@@ -40,7 +39,7 @@ def test_outside_jit(by):
     for ord in (2, INF):
         norm = Norm(by, ord)
         np.testing.assert_allclose(
-            joined(by_slot(norm, tree)), measure_one(tree, by, ord), rtol=1e-7, err_msg=str(ord)
+            vector(norm, tree), measure_one(tree, by, ord), rtol=1e-7, err_msg=str(ord)
         )
 
 
@@ -53,22 +52,23 @@ def test_names():
     assert names(units, {"w": np.ones((2, 3))}) == ("w[0,0]", "w[0,1]", "w[0,2]")
 
 
-@jax.jit
-def by_vector(tree):
-    """The vector of leaves' norms, and the same norms by slot after a way there and back."""
+@pytest.mark.parametrize("by", ["leaf", "unit"])
+def test_vectors_are_in_the_order_of_names(by):
+    norm = Norm(by)
+    groups = norm.groups(norm.leaves(mixed()))
+    numbers = np.arange(groups.size, dtype=np.float32)
+    blocks = groups.blocks_of(numbers)
+    np.testing.assert_array_equal(groups.vector(blocks), numbers)
+    assert len(groups.names) == groups.size
+    for leaf, x in enumerate(jax.tree.leaves(mixed())):
+        assert np.broadcast_shapes(groups.of(blocks, leaf).shape, x.shape) == x.shape
+
+
+def test_a_vector_of_another_length():
     norm = Norm("leaf")
-    leaves = norm.leaves(tree)
-    layout = norm.layout(leaves)
-    vector = layout.vector(norm.measure(leaves, layout))
-    return vector, layout.by_slot(layout.from_vector(vector, jnp.float32))
-
-
-def test_vectors_are_in_the_order_of_names():
-    """Leaves of one shape are measured together, and others lie between them."""
-    vector, back = by_vector(mixed())
-    expected = [exact([x]) for x in jax.tree.leaves(mixed())]
-    np.testing.assert_allclose(vector, expected, rtol=1e-6)
-    np.testing.assert_allclose(joined(back), expected, rtol=1e-6)
+    groups = norm.groups(norm.leaves(mixed()))
+    with pytest.raises(ValueError, match=r"must be a scalar or of shape \(6,\), got \(5,\)"):
+        groups.blocks_of(np.ones(5, np.float32))
 
 
 AUTOMATIC = {
@@ -88,7 +88,7 @@ def test_automatic_units_go_by_rank():
     rng = np.random.default_rng(2)
     tree = [np.asarray(rng.standard_normal(shape), np.float32) for shape in AUTOMATIC]
     norm = Norm("unit")
-    assert norm.layout(norm.leaves(tree)).unit_axes == tuple(AUTOMATIC.values())
+    assert norm.groups(norm.leaves(tree)).unit_axes == tuple(AUTOMATIC.values())
     expected = [unit_norms(x, axes) for x, axes in zip(tree, AUTOMATIC.values(), strict=True)]
     np.testing.assert_allclose(measure_one(tree, "unit"), np.concatenate(expected), rtol=1e-6)
 
@@ -187,7 +187,7 @@ def test_units_of_different_ranges_do_not_disturb_each_other():
 def gradients(x):
     """Of the global norm of each order."""
     norms = [Norm("global", ord) for ord in ORDS]
-    return [jax.grad(lambda x, norm=norm: by_slot(norm, [x])[0])(x) for norm in norms]
+    return [jax.grad(lambda x, norm=norm: vector(norm, [x])[0])(x) for norm in norms]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_unknown_ord(ord):
 
 def test_traced_ord():
     with pytest.raises(TypeError, match=r"ord must be static.*static_args=\('ord',\)"):
-        jax.jit(lambda p: by_slot(Norm("global", p), [jnp.ones(2)]))(3.0)
+        jax.jit(lambda p: vector(Norm("global", p), [jnp.ones(2)]))(3.0)
 
 
 def test_unknown_grouping():

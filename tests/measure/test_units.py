@@ -47,7 +47,7 @@ def axes_of(tree, **kwargs):
     fun = functools.partial(optaxclip.flax_unit_axes, **kwargs)
     norm = optaxclip.Norm("unit", unit_axes=fun)
     leaves = norm.leaves(tree)
-    return dict(zip(leaves.paths, norm.layout(leaves).unit_axes, strict=True))
+    return dict(zip(leaves.paths, norm.groups(leaves).unit_axes, strict=True))
 
 
 def test_linen(linen_params):
@@ -117,16 +117,16 @@ def test_each_layer_of_a_scanned_stack_is_clipped_on_its_own():
 def test_auto_is_optax_rule(shape, axes):
     norm = optaxclip.Norm("unit")
     leaves = norm.leaves({"w": np.zeros(shape)})
-    assert norm.layout(leaves).unit_axes == (axes,)
+    assert norm.groups(leaves).unit_axes == (axes,)
 
 
 def test_auto_says_what_to_do_beyond_rank_five():
     norm = optaxclip.Norm("unit")
     with pytest.raises(ValueError, match=r"ranks up to 5, got shape .* at w.*function"):
-        norm.layout(norm.leaves({"w": np.zeros((2,) * 6)}))
+        norm.groups(norm.leaves({"w": np.zeros((2,) * 6)}))
 
 
 def test_axes_a_leaf_lacks():
     norm = optaxclip.Norm("unit", unit_axes=2)
     with pytest.raises(ValueError, match=r"unit_axes .* got 2 for shape \(2, 3\) at w"):
-        norm.layout(norm.leaves({"w": np.zeros((2, 3))}))
+        norm.groups(norm.leaves({"w": np.zeros((2, 3))}))

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tools.norm_cases import by_slot
+from tools.norm_cases import vector
 from tools.oracles import norm as exact
 from tools.quick import QUICK
 
@@ -40,10 +40,6 @@ def placed(mesh, tree):
     return {k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in tree.items()}
 
 
-def norms_of(norm, tree):
-    return jnp.stack(by_slot(norm, tree))
-
-
 @pytest.fixture(scope="module")
 def norms(mesh):
     """A compiled function: a tree -> the norms of every kind and order under `shard_map`."""
@@ -51,7 +47,7 @@ def norms(mesh):
     def of_each(tree):
         labels = {"group": LABELS}
         return {
-            by: [norms_of(optaxclip.Norm(by, ord, labels=labels.get(by)), tree) for ord in ORDS]
+            by: [vector(optaxclip.Norm(by, ord, labels=labels.get(by)), tree) for ord in ORDS]
             for by in ("global", "leaf", "group")
         }
 
@@ -76,7 +72,7 @@ def test_shard_map_outside_jit(mesh, grads):
     """Operation by operation, each of which is compiled for the mesh."""
     tree = {k: grads[k] for k in ("bias", "kernel")}
     sharded = jax.shard_map(
-        functools.partial(norms_of, optaxclip.Norm()),
+        functools.partial(vector, optaxclip.Norm()),
         mesh=mesh,
         in_specs=({k: SPECS[k] for k in tree},),
         out_specs=P(),
@@ -119,7 +115,7 @@ def test_large_and_small_leaves(mesh):
     rng = np.random.default_rng(1)
     shapes = {"large": (256, 512), "small": (4, 6)}
     tree = {k: np.float32(rng.normal(size=shape) * 1e20) for k, shape in shapes.items()}
-    norm = functools.partial(norms_of, optaxclip.Norm("leaf"))
+    norm = functools.partial(vector, optaxclip.Norm("leaf"))
     sharded = jax.shard_map(norm, mesh=mesh, in_specs=(P("data"),), out_specs=P())
     expected = [exact([x]) for x in tree.values()]
     np.testing.assert_allclose(jit(sharded)(tree), expected, rtol=1e-6)

@@ -21,23 +21,19 @@ MOST_ORDS = (1, 2, 3, INF, "rms")  # one for each way of computing
 
 
 def measure(norms, *trees, options=None):
-    """For each tree its norms, in the order of the layout's names; all are one program."""
-    of_each = jax.jit(lambda tree: [by_slot(n, tree) for n in norms], compiler_options=options)
-    return [list(map(joined, of_each(tree))) for tree in trees]
+    """For each tree its norms, in the order of the groups' names; all are one program."""
+    of_each = jax.jit(lambda tree: [vector(n, tree) for n in norms], compiler_options=options)
+    return [list(map(np.asarray, of_each(tree))) for tree in trees]
 
 
-def by_slot(norm, tree):
+def vector(norm, tree):
     leaves = norm.leaves(tree)
-    layout = norm.layout(leaves)
-    return layout.by_slot(norm.measure(leaves, layout))
-
-
-def joined(norms):
-    return np.concatenate([np.ravel(x) for x in norms] or [np.zeros(0)])
+    groups = norm.groups(leaves)
+    return groups.vector(norm.measure(leaves, groups))
 
 
 def names(norm, tree):
-    return norm.layout(norm.leaves(tree)).names
+    return norm.groups(norm.leaves(tree)).names
 
 
 @dataclasses.dataclass(frozen=True)

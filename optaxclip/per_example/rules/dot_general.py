@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optaxclip._compat import primitives as P  # noqa: N812
-from optaxclip.measure.reductions import accumulator
+from optaxclip._numerics import accumulator
 from optaxclip.per_example.forms import Outer
 from optaxclip.per_example.layout import Layout
 from optaxclip.per_example.registry import RuleContext, register_rule

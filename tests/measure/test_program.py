@@ -1,0 +1,75 @@
+"""What a step is traced to: nothing that depends on the host, no branch, no sort."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tools.clippers import CLIPPERS, make
+
+TREE = {"w": jnp.ones((4, 6)), "v": jnp.ones((4, 6)), "b": jnp.ones(6), "s": jnp.ones(())}
+HOST = """
+import hashlib, jax, jax.numpy as jnp, sys
+sys.path.insert(0, sys.argv[1])
+from tools.clippers import CLIPPERS, make
+tree = {"w": jnp.ones((4, 6)), "v": jnp.ones((4, 6)), "b": jnp.ones(6)}
+for name in CLIPPERS:
+    tx = make(name)
+    text = str(jax.make_jaxpr(tx.update)(tree, tx.init(tree), tree))
+    print(jax.device_count(), name, hashlib.sha256(text.encode()).hexdigest())
+"""
+# A matrix iteration ends when it has converged; the others have what a step may have.
+LOOPS = {"singular", "singular-soft", "singular-svd"}
+
+
+@pytest.fixture(scope="module")
+def by_devices():
+    """What a host with one device traces, and one with eight."""
+
+    def traced(devices):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        tests = str(Path(__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-c", HOST, tests],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        rows = [line.split() for line in done.stdout.splitlines()]
+        assert {int(row[0]) for row in rows} == {devices}
+        return {row[1]: row[2] for row in rows}
+
+    return traced(1), traced(8)
+
+
+@pytest.mark.slow
+def test_the_program_does_not_depend_on_the_host(by_devices):
+    one, eight = by_devices
+    assert one.keys() == eight.keys() == CLIPPERS.keys()
+    assert [name for name in one if one[name] != eight[name]] == []
+
+
+def primitives(jaxpr):
+    """Of what runs on a TPU: of a choice by platform the last branch, the default."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        bodies = list(jax.core.jaxprs_in_params(eqn.params))
+        if eqn.primitive.name == "cond" and "branches" in eqn.params:
+            bodies = [b.jaxpr for b in eqn.params["branches"]]
+            if "float64" in str(bodies[0]):
+                found.discard("cond")
+        for body in bodies:
+            found |= primitives(body)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in CLIPPERS if name not in LOOPS])
+def test_no_branch_and_no_sort(name):
+    tx = make(name)
+    jaxpr = jax.make_jaxpr(tx.update)(TREE, tx.init(TREE), TREE).jaxpr
+    assert primitives(jaxpr) & {"cond", "while", "sort", "top_k", "scan"} == set()
