@@ -1,13 +1,12 @@
 """Tables, bounds and the documentation's page, from the rows of `compiled.py`."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from _compiled_cases import ALONE, CLIPPERS, LAYOUTS
 
 Row = dict[str, Any]
-Find = Callable[[str], Row | None]
 
 CHIPS = {"v5e": "TPU v5e", "v6e": "TPU v6e", "h100": "H100"}
 BRANCHLESS = ("value", "global", "leaf", "rms", "unit", "agc", "soft", "adagc", "quantile")
@@ -180,8 +179,9 @@ def _three(clipper: str, rows: Sequence[Row]) -> tuple[Row, Row | None, Row]:
 def _limits(clipper: str, rows: Sequence[Row]) -> Iterator[tuple[str, bool]]:
     """What is bounded on one chip, and whether the bound is kept."""
     ours, theirs, alone = _three(clipper, rows)
-    if "error" in ours or "error" in alone:
-        yield "compiles", False
+    compiles = "error" not in ours and "error" not in alone
+    yield "compiles", compiles
+    if not compiles:
         return
     decides = _decides(ours)
     if clipper == "value":
@@ -255,32 +255,43 @@ TITLES = {
 
 def bounds(rows: list[Row]) -> str:
     """Each bound, how often it is kept, and where it is not."""
-    found: dict[str, list[tuple[bool, str]]] = {name: [] for name in TITLES}
-    for where in dict.fromkeys(_place(row) for row in rows):
-        here = [row for row in rows if _place(row) == where]
-        for clipper in _clippers(here):
-            place = f"{clipper} ({', '.join(where)})"
-            for name, kept in _kept(clipper, here):
-                found[name].append((kept, place))
+    places = dict.fromkeys(_place(row) for row in rows)
+    here = {place: [row for row in rows if _place(row) == place] for place in places}
+    kept = [
+        (name, holds, place, clipper)
+        for place in places
+        for clipper in _clippers(here[place])
+        for name, holds in _kept(clipper, here[place])
+    ]
     lines = []
-    for name, cases in found.items():
-        missed = [place for kept, place in cases if not kept]
+    for name, title in TITLES.items():
+        cases = [case for case in kept if case[0] == name]
+        missed: dict[str, list[str]] = {}
+        for _, holds, place, clipper in cases:
+            if not holds:
+                missed.setdefault(place, []).append(clipper)
         if cases and (missed or name != "compiles"):
-            said = f"kept in {len(cases) - len(missed)} of {len(cases)}"
-            said += f"; not by {', '.join(missed)}" if missed else ""
-            lines.append(textwrap.fill(f"* {TITLES[name]}: {said}.", 100, subsequent_indent="  "))
-    return "\n".join(lines)
+            number = len(cases) - sum(map(len, missed.values()))
+            lines.append(f"* {title}: kept in {number} of {len(cases)}.")
+            lines += [f"  * {place}: not by {', '.join(who)}" for place, who in missed.items()]
+    return "\n".join(_wrapped(line) for line in lines)
 
 
-def _place(row: Row) -> tuple[str, ...]:
-    return (row["kind"], *(row[key] for key in ("tree", "mesh", "layout") if key in row))
+def _wrapped(line: str) -> str:
+    hang = " " * (line.index("*") + 2)
+    return textwrap.fill(line, 100, subsequent_indent=hang, break_on_hyphens=False)
+
+
+def _place(row: Row) -> str:
+    return " ".join([row["kind"], *(row[k] for k in ("tree", "mesh", "layout") if k in row)])
 
 
 def _kept(clipper: str, rows: list[Row]) -> Iterator[tuple[str, bool]]:
     if "tree" in rows[0]:
         yield from _limits(clipper, rows)
-    elif any("error" in row for row in _three(clipper, rows) if row):
-        yield "compiles", False
-    else:
-        ours, _, alone = _three(clipper, rows)
+        return
+    ours, _, alone = _three(clipper, rows)
+    compiles = "error" not in ours and "error" not in alone
+    yield "compiles", compiles
+    if compiles:
         yield "collectives", _one_all_reduce(ours, alone)
