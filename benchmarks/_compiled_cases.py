@@ -15,6 +15,7 @@ import _compilers
 import jax
 import jax.numpy as jnp
 import optax
+from _compiled_grid import ALONE, MESHES, TREES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,44 +27,23 @@ OPTAX: dict[str, Callable[[], Any]] = {
     "clip_by_block_rms": lambda: optax.clip_by_block_rms(0.5),
     "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.01),
 }
-# name: (Optax's counterpart: what measures the same things, or the same number of them; ours)
-CLIPPERS: dict[str, tuple[str | None, Callable[..., Any]]] = {
-    "value": ("clip", lambda: optaxclip.clip_by_value(0.5)),
-    "global": ("clip_by_global_norm", lambda: optaxclip.clip_by_global_norm(1.0)),
-    "leaf": ("clip_by_block_rms", lambda: optaxclip.clip_by_leaf_norm(1.0)),
-    "rms": ("clip_by_block_rms", lambda: optaxclip.clip_by_leaf_rms(0.5)),
-    "unit": ("adaptive_grad_clip", lambda **on: optaxclip.clip_by_unit_norm(1.0, **on)),
-    "agc": ("adaptive_grad_clip", lambda **on: optaxclip.agc(0.01, **on)),
-    "soft": ("clip_by_global_norm", lambda: optaxclip.soft_clip(1.0)),
-    "zclip": ("clip_by_global_norm", lambda: optaxclip.zclip()),
-    "adagc": ("clip_by_block_rms", lambda: optaxclip.adagc()),
-    "history": ("clip_by_global_norm", lambda: optaxclip.clip_by_history()),
-    "quantile": ("clip_by_global_norm", lambda: optaxclip.clip_by_quantile()),
-    "autoclip": ("clip_by_global_norm", lambda: optaxclip.autoclip()),
-    "adaclip": ("clip_by_block_rms", lambda: optaxclip.adaclip()),
-    "spam": (None, lambda: optaxclip.spam_clip()),
+OURS: dict[str, Callable[..., Any]] = {
+    "value": lambda: optaxclip.clip_by_value(0.5),
+    "global": lambda: optaxclip.clip_by_global_norm(1.0),
+    "leaf": lambda: optaxclip.clip_by_leaf_norm(1.0),
+    "rms": lambda: optaxclip.clip_by_leaf_rms(0.5),
+    "unit": lambda **on: optaxclip.clip_by_unit_norm(1.0, **on),
+    "agc": lambda **on: optaxclip.agc(0.01, **on),
+    "soft": lambda: optaxclip.soft_clip(1.0),
+    "zclip": optaxclip.zclip,
+    "adagc": optaxclip.adagc,
+    "history": optaxclip.clip_by_history,
+    "quantile": optaxclip.clip_by_quantile,
+    "autoclip": optaxclip.autoclip,
+    "adaclip": optaxclip.adaclip,
+    "spam": optaxclip.spam_clip,
 }
 UNITS = ("unit", "agc")  # which ask for `axis_name=` inside `jax.shard_map`
-ALONE = "adam"
-
-
-def _language_model() -> dict[str, tuple[int, ...]]:
-    width, inner, keys, layers, words = 2048, 5632, 512, 20, 32_000
-    block = {"q": (width, width), "k": (width, keys), "v": (width, keys), "o": (width, width)}
-    block |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
-    block |= {"norm_1": (width,), "norm_2": (width,)}
-    named = {f"{i:02}/{name}": shape for i in range(layers) for name, shape in block.items()}
-    return named | {"embed": (words, width), "norm": (width,)}
-
-
-# name: (shapes, dtype of gradients). Parameters and moments are float32.
-TREES: dict[str, tuple[dict[str, tuple[int, ...]], Any]] = {
-    "25x1024": ({f"w{i:02}": (1024, 1024) for i in range(25)}, jnp.float32),
-    "300x256": ({f"w{i:03}": (256, 256) for i in range(300)}, jnp.float32),
-    "lm": (_language_model(), jnp.bfloat16),
-}
-MESHES = {"4x4": (4, 4), "16x16": (16, 16)}
-LAYOUTS = ("jit", "explicit", "shard_map")
 _BLOCK = {
     "in": ((1024, 1024), P("data", "model")),
     "out": ((1024, 1024), P("model", "data")),
@@ -89,7 +69,7 @@ def transform(name: str, layout: str = "jit") -> Any:
     if system == "optax":
         return optax.chain(OPTAX[clipper](), optax.adam(1e-3))
     split = layout == "shard_map" and clipper in UNITS
-    ours = CLIPPERS[clipper][1](**{"axis_name": _compilers.AXES} if split else {})
+    ours = OURS[clipper](**{"axis_name": _compilers.AXES} if split else {})
     return optax.chain(ours, optax.adam(1e-3))
 
 

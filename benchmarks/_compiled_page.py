@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from _compiled_cases import ALONE, CLIPPERS, LAYOUTS
+from _compiled_grid import ALONE, COUNTERPARTS, LAYOUTS
 
 Row = dict[str, Any]
 
@@ -51,7 +51,8 @@ the bounds are at the end.
 All-reduces and the bytes of their results on one device, beyond those of Adam alone, traced on a
 host with one device. Leaves are split along two axes, along one, along both at once; some are
 whole, and under `jit` one gradient comes in shards of different sizes. Inside `jax.shard_map`
-Optax's clippers take no collective, because they bound each device's part by itself.
+Optax's clippers take no collective, because they bound each device's part by itself. "(fails)"
+stands where Optax's does not compile.
 
 {meshes}
 
@@ -102,7 +103,7 @@ def _sections(rows: list[Row], place: str) -> str:
 
 def _clippers(rows: Sequence[Row]) -> list[str]:
     names = {row["name"] for row in rows}
-    return [name for name in CLIPPERS if f"optaxclip {name}" in names]
+    return [name for name in COUNTERPARTS if f"optaxclip {name}" in names]
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -171,7 +172,7 @@ def _control_flow(row: Row) -> str:
 def _three(clipper: str, rows: Sequence[Row]) -> tuple[Row, Row | None, Row]:
     """Ours, Optax's counterpart if there is one that compiles, and Adam alone."""
     by_name = {row["name"]: row for row in rows}
-    theirs = by_name.get(f"optax {CLIPPERS[clipper][0]}")
+    theirs = by_name.get(f"optax {COUNTERPARTS[clipper]}")
     theirs = None if theirs is None or "error" in theirs else theirs
     return by_name[f"optaxclip {clipper}"], theirs, by_name[ALONE]
 
@@ -213,6 +214,8 @@ def _mesh_cells(clipper: str, rows: Sequence[Row]) -> tuple[str, str]:
     count = _collectives(ours, alone)
     if theirs:
         count += f" ({_collectives(theirs, alone)})"
+    elif COUNTERPARTS[clipper]:
+        count += " (fails)"
     moved = [r["collective_bytes"] - alone["collective_bytes"] for r in (ours, theirs) if r]
     return (
         count if _one_all_reduce(ours, alone) else f"**{count}**",

@@ -13,15 +13,6 @@ from _hlo import read
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-# kind: the extra of jax that has its compiler
-EXTRAS = {"v5e": "tpu", "v6e": "tpu", "h100": "cuda12"}
-# With these, set before jax is imported, the compilers look for no device.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-}
 AXES = ("data", "model")
 H100 = """
 gpu_device_info {

@@ -25,11 +25,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _compiled_cases import ALONE, CLIPPERS, LAYOUTS, MESHES, TREES
+from _compiled_grid import COUNTERPARTS, KINDS, LAYOUTS, MESHES, TREES, names
 from _compiled_page import page, report
-from _compilers import ENVIRONMENT, EXTRAS
 
 ROOT = Path(__file__).parents[1]
+# With these the compilers look for no device.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
 MESH_KINDS = ("v5e", "h100")  # of the two TPUs, which share a partitioner, one
 # Those left out are much like one that is there.
 QUICK_CLIPPERS = ["value", "global", "leaf", "unit", "agc", "zclip", "adagc", "quantile"]
@@ -46,7 +52,7 @@ def main() -> None:
         found = json.loads(args.rows.read_text())
     else:
         cases = [*_on_chips(args), *_on_meshes(args)]
-        parts = [_compile(extra, cases) for extra in dict.fromkeys(EXTRAS.values())]
+        parts = [_compile(extra, cases) for extra in dict.fromkeys(KINDS.values())]
         found = {
             "versions": {k: v for versions, _ in parts for k, v in versions.items()},
             "rows": [row for _, rows in parts for row in rows],
@@ -62,31 +68,24 @@ def main() -> None:
 
 
 def _on_chips(args: argparse.Namespace) -> list[dict[str, str]]:
-    names = _names(args.only)
     return [
         {"kind": kind, "tree": tree, "name": name}
         for kind in args.kinds
         for tree in args.trees
-        for name in names
+        for name in names(args.only)
     ]
 
 
 def _on_meshes(args: argparse.Namespace) -> list[dict[str, str]]:
-    names = _names([n for n in args.only if not args.quick or n in QUICK_ON_MESHES])
+    clippers = [name for name in args.only if not args.quick or name in QUICK_ON_MESHES]
     return [
         {"kind": kind, "mesh": mesh, "layout": layout, "name": name}
         for kind in args.kinds
         if kind in MESH_KINDS
         for mesh in args.meshes
         for layout in args.layouts
-        for name in names
+        for name in names(clippers)
     ]
-
-
-def _names(clippers: Sequence[str]) -> list[str]:
-    """Adam alone, Optax's counterparts, each once, and ours."""
-    theirs = dict.fromkeys(f"optax {CLIPPERS[c][0]}" for c in clippers if CLIPPERS[c][0])
-    return [ALONE, *theirs, *(f"optaxclip {c}" for c in clippers)]
 
 
 def _compile(extra: str, cases: Sequence[dict[str, str]]) -> tuple[dict[str, str], list[dict]]:
@@ -95,7 +94,7 @@ def _compile(extra: str, cases: Sequence[dict[str, str]]) -> tuple[dict[str, str
     If the process dies, as when a check inside the compiler fails, the case it was at gets an
     error, and another process goes on from the next.
     """
-    ahead = [case for case in cases if EXTRAS[case["kind"]] == extra]
+    ahead = [case for case in cases if KINDS[case["kind"]] == extra]
     versions: dict[str, str] = {}
     rows: list[dict] = []
     while ahead:
@@ -150,8 +149,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="v5e and H100, a tree, a mesh")
     for name, table, meant in (
-        ("kinds", EXTRAS, "what to compile for"),
-        ("only", CLIPPERS, "clippers"),
+        ("kinds", KINDS, "what to compile for"),
+        ("only", COUNTERPARTS, "clippers"),
         ("trees", TREES, "parameters on one chip"),
         ("meshes", MESHES, "meshes"),
         ("layouts", LAYOUTS, "how programs on meshes are written"),
@@ -166,19 +165,19 @@ def _arguments() -> argparse.Namespace:
     places = args.trees or args.meshes
     args.trees = args.trees or ([] if places else [*TREES])
     args.meshes = args.meshes or ([] if places else [*MESHES])
-    args.kinds, args.only = args.kinds or [*EXTRAS], args.only or [*CLIPPERS]
+    args.kinds, args.only = args.kinds or [*KINDS], args.only or [*COUNTERPARTS]
     args.layouts = args.layouts or [*LAYOUTS]
     return args
 
 
 def _some(table: Sequence[str] | dict[str, Any]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
+    def chosen(text: str) -> list[str]:
         for name in (found := text.split(",")):
             if name not in table:
                 raise argparse.ArgumentTypeError(f"{name!r}. Use some of {','.join(table)}.")
         return found
 
-    return names
+    return chosen
 
 
 if __name__ == "__main__":
