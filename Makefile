@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo multihost test pytest checks explore lint docs bench dist
+.PHONY: demo multihost test pytest checks explore lint docs bench bench-compiled \
+  compilers dist
 
 demo: $(READY)
 	$(BIN)/python examples/compare_clippers.py
@@ -48,6 +49,21 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/aggregators.py
 	$(BIN)/python benchmarks/sharded.py
+
+# By the compilers of accelerators, which need none: make bench-compiled COMPILED=--quick
+COMPILED ?= --json docs/compiled_cost.json --markdown docs/compiled_cost.md
+bench-compiled: $(READY) compilers
+	$(BIN)/python benchmarks/compiled.py $(COMPILED)
+
+compilers: .venv-tpu/.ready .venv-cuda12/.ready
+
+# The extra of jax by that name, beside the very versions that are in .venv.
+.venv-%/.ready: $(READY)
+	$(PYTHON) -m venv --clear .venv-$*
+	$(BIN)/python -m pip freeze --exclude-editable > .venv-$*/versions.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint .venv-$*/versions.txt 'jax[$*]' optax
+	@touch $@
 
 dist: $(READY)
 	rm -rf dist

@@ -1,12 +1,12 @@
 """The collectives in a compiled program, from the text of its HLO."""
 
-import math
 import re
 from typing import Any, NamedTuple
 
+from _hlo import size_of
+
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 _OPERATION = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{[^}]*\}|(?:true|false)_computation=%?[\w.-]+)")
 
@@ -33,15 +33,9 @@ def collectives(compiled: Any) -> list[Collective]:
             always[here] = set()
         always.get(here, set()).update(_CALLED.findall(_BRANCHES.sub("", line)))
         if match := _OPERATION.search(line):
-            found.append((here, match[2], sum(map(_bytes, _ARRAY.findall(match[1])))))
+            found.append((here, match[2], size_of(match[1])))
     ordinary, ahead = set(), {entry}
     while ahead:
         ordinary |= ahead
         ahead = set().union(*(always.get(name, set()) for name in ahead)) - ordinary
     return [Collective(kind, size, place not in ordinary) for place, kind, size in found]
-
-
-def _bytes(array: tuple[str, str]) -> int:
-    dtype, shape = array
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-    return bits // 8 * math.prod(int(d) for d in shape.split(",") if d)
