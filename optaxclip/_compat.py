@@ -82,12 +82,6 @@ def auto_mesh(mesh: Any) -> jax.sharding.AbstractMesh:
     return abstract.update(axis_types=tuple(types))
 
 
-def is_partitioned() -> bool:
-    """Whether XLA may split arrays here over devices: not with one, nor inside `jax.shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and not (mesh.axis_names and mesh.manual_axes)
-
-
 def is_literal(atom: Any) -> bool:
     """Whether an input of an equation is a constant written into the jaxpr."""
     return isinstance(atom, Literal)

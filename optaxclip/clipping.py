@@ -141,30 +141,29 @@ def clip_by(
                 f"bounds of elements go with an element norm, got {measured.by!r}. Pass"
                 ' "element" as the norm.'
             )
-        settings = {"response": answer, "nonfinite": nonfinite}
-        if isinstance(found, ElementBounds):
-            bounds = [jnp.ones(())]
-            by_leaf = [jnp.maximum(x, 0.0) for x in found.arrays]
-            clipped = _clip_by_elements(leaves.arrays, by_leaf, norms, groups=groups, **settings)
+        settings: dict[str, Any] = {
+            "response": answer, "nonfinite": nonfinite, "groups": groups, "recorded": stats
+        }  # fmt: skip
+        if not isinstance(found, ElementBounds):
+            found = groups.blocks_of(found)
+            clipped, new_stats = _clipped(
+                leaves.arrays,
+                norms,
+                found,
+                state.stats,
+                elements=measured.by == "element",
+                **settings,
+            )
+        else:
+            bounds = [jnp.maximum(x, 0.0) for x in found.arrays]
+            in_bounds = norms
             if stats:
                 # Each element has its own unit here, so that statistics are in bounds.
-                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, by_leaf))
-                norms = [_finite_where(*norms, *measured.measure(ratios, groups))]
-        elif measured.by == "element":
-            bounds = non_negative(groups.blocks_of(found))
-            by_leaf = [groups.of(bounds, leaf) for leaf in range(len(leaves.arrays))]
-            clipped = _clip_by_elements(leaves.arrays, by_leaf, norms, groups=groups, **settings)
-        else:
-            bounds = non_negative(groups.blocks_of(found))
-            clipped = _scale(leaves.arrays, norms, bounds, groups=groups, **settings)
-
-        def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return answered(norm, bound, elements=measured.by == "element", **settings)
-
-        if stats:
-            new_stats = record(state.stats, groups, norms, bounds, after)
-        else:
-            new_stats = record_nothing(state.stats, bounds)
+                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, bounds))
+                in_bounds = measured.measure(ratios, groups)
+            clipped, new_stats = _clipped_one_by_one(
+                leaves.arrays, norms, bounds, in_bounds, state.stats, **settings
+            )
         return leaves.replace(clipped), ClipState(state.name, new_stats, threshold_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -216,21 +215,60 @@ def _unwrapped(stats: ClipStats) -> ClipStats:
 
 
 @once_compiled
-def _scale(
+def _clipped(
     arrays: list[jax.Array],
     norms: Blocks,
     bounds: Blocks,
+    stats: ClipStats,
     *,
     groups: Groups,
     response: Response,
     nonfinite: NonFinite,
-) -> list[jax.Array]:
-    """The leaves, each times the factor of its group."""
-    factors = [response.factor(n, c) for n, c in zip(norms, bounds, strict=True)]
-    return [
-        scale_leaf(x, groups.of(norms, leaf), groups.of(factors, leaf), nonfinite)
-        for leaf, x in enumerate(arrays)
-    ]
+    elements: bool,
+    recorded: bool,
+) -> tuple[list[jax.Array], ClipStats]:
+    """The leaves, each times the factor of its group, or clipped by elements; the statistics."""
+    bounds = non_negative(bounds)
+    if elements:
+        by_leaf = zip(arrays, groups.by_leaf(norms), groups.by_leaf(bounds), strict=True)
+        clipped = [_clip_elements(x, n, c, response, nonfinite) for x, n, c in by_leaf]
+    else:
+        factors = [response.factor(n, c) for n, c in zip(norms, bounds, strict=True)]
+        by_leaf = zip(arrays, groups.by_leaf(norms), groups.by_leaf(factors), strict=True)
+        clipped = [scale_leaf(x, n, factor, nonfinite) for x, n, factor in by_leaf]
+    if not recorded:
+        return clipped, record_nothing(stats, bounds)
+
+    def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return answered(norm, bound, response=response, nonfinite=nonfinite, elements=elements)
+
+    return clipped, record(stats, groups, norms, bounds, after)
+
+
+@once_compiled
+def _clipped_one_by_one(
+    arrays: list[jax.Array],
+    norms: Blocks,
+    bounds: list[jax.Array],
+    ratios: Blocks,
+    stats: ClipStats,
+    *,
+    groups: Groups,
+    response: Response,
+    nonfinite: NonFinite,
+    recorded: bool,
+) -> tuple[list[jax.Array], ClipStats]:
+    """The leaves, each element within its own bound; statistics of the largest ratios."""
+    by_leaf = zip(arrays, groups.by_leaf(norms), bounds, strict=True)
+    clipped = [_clip_elements(x, n, c, response, nonfinite) for x, n, c in by_leaf]
+    one = [jnp.ones(())]
+    if not recorded:
+        return clipped, record_nothing(stats, one)
+
+    def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return answered(norm, bound, response=response, nonfinite=nonfinite, elements=True)
+
+    return clipped, record(stats, groups, [_finite_where(*norms, *ratios)], one, after)
 
 
 def scale_leaf(x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite) -> jax.Array:
@@ -239,22 +277,6 @@ def scale_leaf(x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonF
     if nonfinite == "zero":
         clipped = jnp.where(jnp.isfinite(norm), clipped, jnp.zeros_like(x))
     return clipped
-
-
-@once_compiled
-def _clip_by_elements(
-    arrays: list[jax.Array],
-    bounds: list[jax.Array],
-    norms: Blocks,
-    *,
-    groups: Groups,
-    response: Response,
-    nonfinite: NonFinite,
-) -> list[jax.Array]:
-    return [
-        _clip_elements(x, groups.of(norms, leaf), bound, response, nonfinite)
-        for leaf, (x, bound) in enumerate(zip(arrays, bounds, strict=True))
-    ]
 
 
 def _clip_elements(

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from optaxclip._arguments import check_count
 from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree, place
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, once_compiled
 from optaxclip.clippers import polar
 from optaxclip.clipping import ClipState, NonFinite, Transform, answered, scale_leaf
 from optaxclip.measure.norms import Norm
@@ -122,13 +122,15 @@ def clip_singular_values(
         found, threshold_state = limit.bound(zeros, state.threshold_state, context)
         bounds = non_negative(groups.blocks_of(found))
 
-        clipped, norms = [], []
-        for leaf, (x, axes) in enumerate(zip(leaves.arrays, groups.unit_axes, strict=True)):
-            y, n = clip.leaf(x, axes, groups.of(bounds, leaf))
+        clipped: list[jax.Array] = []
+        norms: list[jax.Array] = []
+        by_leaf = zip(leaves.arrays, groups.unit_axes, groups.by_leaf(bounds), strict=True)
+        for x, axes, bound in by_leaf:
+            y, n = _clipped(x, bound, clip=clip, axes=axes)
             if nonfinite == "zero":
                 y = jnp.where(jnp.isfinite(n), y, jnp.zeros_like(y))
             clipped.append(y.astype(x.dtype))
-            norms.append(n.reshape(groups.unit_shapes[leaf]).astype(jnp.float32))
+            norms.append(n.reshape(groups.unit_shapes[len(norms)]).astype(jnp.float32))
 
         def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
             return answered(norm, bound, response=answer, nonfinite=nonfinite, elements=False)
@@ -190,6 +192,11 @@ class _Clip:
         else:
             y, n = polar.clip_by_products(wide, c, soft=self.soft, steps=self.steps)
         return y, n
+
+
+@once_compiled
+def _clipped(x: jax.Array, bound: jax.Array, *, clip: _Clip, axes: tuple[int, ...]) -> Any:
+    return clip.leaf(x, axes, bound)
 
 
 def _length(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optaxclip.measure.platforms import kept_apart
+
 # Up to this many units a leaf, what is whole on every device is kept apart from what is split.
 _FEW = 256
 
@@ -95,16 +97,15 @@ class Groups:
         whole = map(jnp.broadcast_to, blocks, self.unit_shapes)
         return jnp.concatenate([_apart(x.reshape(-1)) for x in whole])
 
-    def of(self, blocks: Blocks, leaf: int) -> jax.Array:
-        """The numbers of a leaf: a scalar, or what broadcasts to it."""
-        if self.has_units:
-            return blocks[self.of_leaf[leaf]]
-        (vector,) = blocks
-        return (
-            vector
-            if vector.ndim == 0
-            else lax.index_in_dim(vector, self.of_leaf[leaf], keepdims=False)
-        )
+    def by_leaf(self, blocks: Blocks) -> list[jax.Array]:
+        """The numbers of each leaf: a scalar, or what broadcasts to it."""
+        if self.has_units or not blocks[0].ndim:
+            each = blocks if self.has_units else blocks * len(self.unit_shapes)
+        else:
+            count = len(self.unit_shapes)
+            each = [lax.index_in_dim(blocks[0], k, keepdims=False) for k in range(count)]
+            each = kept_apart(each) if count > 1 else each
+        return [each[group] for group in self.of_leaf]
 
 
 def _apart(x: jax.Array) -> jax.Array:

@@ -1,13 +1,10 @@
 """From what devices add up of their parts to that of the whole, in one collective."""
 
 import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -19,29 +16,15 @@ Axes = tuple[str, ...]
 """Names of axes of a mesh."""
 
 
-def over_mesh(
-    parts: dict[Axes, dict[int, jax.Array]], kind: Kind, shapes: Sequence[tuple[int, ...]]
-) -> list[jax.Array]:
-    """Of what devices added up, by the mesh axes it is split over and by group: of the whole.
+def over_mesh(parts: dict[Axes, jax.Array], kind: Kind) -> jax.Array:
+    """Of what devices added up, [scales, numbers] by the mesh axes it is split over: of the whole.
 
-    Only a few numbers a norm travel. Of what is whole on some axis, one device along it speaks for
-    all, so that one collective does for leaves split in different ways.
+    Of what is whole on some axis, one device along it speaks for all, so that one collective does
+    for leaves split in different ways.
     """
     every = tuple(sorted({axis for axes in parts for axis in axes}))
-    scales, dtype = next((len(x), x.dtype) for part in parts.values() for x in part.values())
-    packed = []
-    for axes, part in parts.items():
-        flat = [
-            part[group].reshape(scales, -1)
-            if group in part
-            else jnp.zeros((scales, math.prod(shape)), dtype)
-            for group, shape in enumerate(shapes)
-        ]
-        packed.append(_spoken_for(jnp.concatenate(flat, axis=1), axes, every))
-    whole = kind.collective(functools.reduce(kind.join, packed), every)
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    pieces = jnp.split(whole, ends, axis=1)
-    return [x.reshape(scales, *shape) for x, shape in zip(pieces, shapes, strict=True)]
+    joined = functools.reduce(kind.join, [_spoken_for(x, a, every) for a, x in parts.items()])
+    return kind.collective(joined, every) if every else joined
 
 
 def check_reduced(updates: Leaves, params: Tree) -> None:

@@ -187,34 +187,30 @@ def _measured(
 ) -> Blocks:
     """Norms of leaves that are split over these mesh axes; `specs` say how, if known."""
     dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in arrays})
-    if groups.members == [[]]:  # the global norm of nothing
-        return groups.blocks([jnp.zeros((), dtype)])
+    if not arrays:
+        return [jnp.zeros(len(groups.unit_shapes), dtype)]
     totals = functools.partial(_totals, arrays, groups, axes, specs, dtype)
-    kind: Kind = Sums(order)
-    units = None
     if order == math.inf:
-        kind = Largest()
-    elif order not in (1, 2, "rms"):
-        units = [unit_of(Largest().norm(x, 1)) for x in totals(Largest())]
-        by_leaf = [units[group] for group in groups.of_leaf]
-        if specs is not None:
-            here = map(_kept, arrays, groups.unit_axes)
-            by_leaf = list(map(part_of, by_leaf, here, specs))
-        kind = Powers(order, tuple(by_leaf))
+        return [Largest().norm(x, 1) for x in totals(Largest())]
     sizes = [
         x.size * math.prod(lax.axis_size(axis) for axis in a)
         for x, a in zip(arrays, axes, strict=True)
     ]
-    norms = []
-    for group, (total, shape) in enumerate(zip(totals(kind), groups.unit_shapes, strict=True)):
-        elements = sum(sizes[i] for i in groups.members[group])
-        norm = kind.norm(total, elements // math.prod(shape))
-        if units is not None:
-            norm = jnp.minimum(
-                norm * units[group], jnp.where(jnp.isfinite(norm), jnp.finfo(dtype).max, norm)
-            )
-        norms.append(norm)
-    return groups.blocks(norms)
+    counts: list[Any] = [np.asarray([sum(sizes[i] for i in m) for m in groups.members])]
+    if groups.has_units:
+        counts = [n // math.prod(s) for n, s in zip(*counts, groups.unit_shapes, strict=True)]
+    if order in (1, 2, "rms"):
+        kind = Sums(order)
+        return [kind.norm(x, n) for x, n in zip(totals(kind), counts, strict=True)]
+    units = [unit_of(Largest().norm(x, 1)) for x in totals(Largest())]
+    by_leaf = groups.by_leaf(units)
+    if specs is not None:
+        by_leaf = list(map(part_of, by_leaf, map(_kept, arrays, groups.unit_axes), specs))
+    powers = Powers(order, tuple(by_leaf))
+    norms = [powers.norm(x, n) for x, n in zip(totals(powers), counts, strict=True)]
+    # A norm past the largest float is that float.
+    longest = [jnp.where(jnp.isfinite(n), jnp.finfo(dtype).max, n) for n in norms]
+    return list(map(jnp.minimum, map(jnp.multiply, norms, units), longest))
 
 
 def _kept(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -228,20 +224,36 @@ def _totals(
     specs: tuple[P, ...] | None,
     dtype: Any,
     kind: Kind,
-) -> list[jax.Array]:
-    """What the norms are made of, [scales, *unit shape] a group: of the whole mesh."""
-    parts: dict[Axes, dict[int, jax.Array]] = {}
-    for i, found in enumerate(kind.of(arrays, groups.unit_axes, dtype)):
-        group = groups.of_leaf[i]
-        shape = groups.unit_shapes[group]
-        if specs is not None and shape:
-            found = placed(found, (len(found), *shape), P(None, *specs[i]))
-        found = found.reshape(len(found), *shape)
-        others = parts.setdefault(axes[i], {})
-        others[group] = kind.join(others[group], found) if group in others else found
+) -> Blocks:
+    """What the norms are made of, of the whole mesh: blocks with the scales in front."""
+    found = kind.of(arrays, groups.unit_axes, dtype)
+    parts: dict[Axes, jax.Array] = {}
+    if not groups.has_units:
+        by_leaf = jnp.stack([x.reshape(len(x)) for x in found], axis=1)
+        member = np.arange(len(groups.unit_shapes))[:, None] == np.asarray(groups.of_leaf)
+        for own in dict.fromkeys(axes):
+            here = member & np.asarray([a == own for a in axes])
+            parts[own] = (
+                by_leaf
+                if np.array_equal(here, np.eye(len(axes)))
+                else kind.reduce(jnp.where(here[None], by_leaf[:, None], 0.0), axis=2)
+            )
+        return [over_mesh(parts, kind)]
     if not any(axes):
-        return [parts[()][group] for group in range(len(groups.unit_shapes))]
-    return over_mesh(parts, kind, groups.unit_shapes)
+        return [x.reshape(len(x), *s) for x, s in zip(found, groups.unit_shapes, strict=True)]
+    for own in dict.fromkeys(axes):
+        flat = []
+        for i, (x, shape) in enumerate(zip(found, groups.unit_shapes, strict=True)):
+            if axes[i] != own:
+                x = jnp.zeros((len(x), math.prod(shape)), x.dtype)
+            elif specs is not None and shape:
+                x = placed(x, (len(x), *shape), P(None, *specs[i]))
+            flat.append(x.reshape(len(x), -1))
+        parts[own] = jnp.concatenate(flat, axis=1)
+    whole = over_mesh(parts, kind)
+    ends = np.cumsum([math.prod(shape) for shape in groups.unit_shapes])[:-1]
+    pieces = jnp.split(whole, ends, axis=1)
+    return [x.reshape(len(x), *s) for x, s in zip(pieces, groups.unit_shapes, strict=True)]
 
 
 def _check_ord(ord: Any) -> None:

@@ -192,9 +192,10 @@ def _excess(n: jax.Array, c: jax.Array) -> jax.Array:
 
 def _most(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     """The largest of either number, of all arrays."""
-    each = [maximum_of(jnp.stack(pair).reshape(2, -1), axis=1) for pair in pairs]
-    whole = maximum_of(jnp.stack(each), axis=0) if len(each) > 1 else each[0]
-    return whole[0], whole[1]
+    first, second = ([maximum_of(x) for x in some] for some in zip(*pairs, strict=True))
+    if len(pairs) == 1:
+        return first[0], second[0]
+    return maximum_of(jnp.stack(first)), maximum_of(jnp.stack(second))
 
 
 def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:

@@ -135,8 +135,9 @@ def clip_per_example(
         weights = factors / _divisor(mean, size)
 
         sums = incoming.zeros()
-        for leaf, (i, form) in enumerate(zip(leaves.positions, moving, strict=True)):
-            sums[i] = form.weighted_sum(groups.of([weights], leaf))
+        by_leaf = groups.by_leaf([weights])
+        for i, form, c in zip(leaves.positions, moving, by_leaf, strict=True):
+            sums[i] = form.weighted_sum(c)
 
         def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
             nonfinite: NonFinite = "zero" if nan_safe else "propagate"

@@ -120,7 +120,8 @@ def centered_clip(
         distances = batch.distances(point)
         seen = jnp.where(batch.finite, distances, jnp.nan)
         bounds, limit_state = limit.bound(seen[None], limit_state, context)
-        bound = context.groups.of(non_negative(context.groups.blocks_of(bounds)), 0)
+        (found,) = non_negative(context.groups.blocks_of(bounds))
+        bound = found.reshape(())
         for k in range(iterations):
             distances = batch.distances(point) if k else distances
             weights = batch.mean_weights() * Rescale().factor(distances, bound)

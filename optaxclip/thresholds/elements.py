@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
+from optaxclip._numerics import once_compiled
+from optaxclip.measure.groups import Groups
 from optaxclip.measure.norms import Norm
 from optaxclip.thresholds.given import Context, ElementBounds
 from optaxclip.thresholds.learned import Learned, LearnedState
@@ -66,25 +68,37 @@ class Shares:
         # In the warm-up of a leaf its steps count alike, and the 1 it starts from as one more.
         seen = state.level.seen
         rates = jnp.where(seen < self.warmup, 1 / (seen + 2), 1 - self.decay)
-        scales = _inverse(norms)
-        # Without this XLA computes each scalar anew for every element.
-        scales, levels, rates = jax.lax.optimization_barrier((scales, levels, rates))
-        bounds, new_shares = [], []
-        for leaf, (x, share) in enumerate(zip(updates.arrays, shares, strict=True)):
-            scale, c, rate = (groups.of([x], leaf) for x in (scales, levels, rates))
-            part = _square(x, scale)
-            new = jnp.sqrt(
-                jnp.square(share) + rate * (part.astype(share.dtype) - jnp.square(share))
-            )
-            # The present step counts, with little weight: were the bounds made from the old shares,
-            # XLA would copy those before it writes the new ones (2.7x Adam against 1.8x).
-            # Rarely used elements (rows of an embedding) keep the share they have when used. NaN
-            # is not > 0, and what is infinite has scale 0.
-            new = jnp.clip(new, _LEAST, _RISE * share)
-            share = jnp.where(part > 0, new, share)
-            new_shares.append(share)
-            bounds.append(jax.lax.stop_gradient(c * share.astype(c.dtype)))
+        new_shares, bounds = _shared(
+            updates.arrays, shares, _inverse(norms), levels, rates, groups=groups
+        )
         return ElementBounds(bounds), SharesState(level, updates.alone(new_shares))
+
+
+@once_compiled
+def _shared(
+    arrays: list[jax.Array],
+    shares: list[jax.Array],
+    scales: jax.Array,
+    levels: jax.Array,
+    rates: jax.Array,
+    *,
+    groups: Groups,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The shares after this step, and the bounds that follow."""
+    by_leaf = zip(*(groups.by_leaf([x]) for x in (scales, levels, rates)), strict=True)
+    bounds, new_shares = [], []
+    for x, share, (scale, c, rate) in zip(arrays, shares, by_leaf, strict=True):
+        part = _square(x, scale)
+        new = jnp.sqrt(jnp.square(share) + rate * (part.astype(share.dtype) - jnp.square(share)))
+        # The present step counts, with little weight: were the bounds made from the old shares,
+        # XLA would copy those before it writes the new ones (2.7x Adam against 1.8x). Rarely used
+        # elements (rows of an embedding) keep the share they have when used. NaN is not > 0, and
+        # what is infinite has scale 0.
+        new = jnp.clip(new, _LEAST, _RISE * share)
+        share = jnp.where(part > 0, new, share)
+        new_shares.append(share)
+        bounds.append(jax.lax.stop_gradient(c * share.astype(c.dtype)))
+    return new_shares, bounds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, once_compiled
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -74,21 +74,32 @@ def error_feedback(
     ) -> tuple[Tree, ErrorFeedbackState]:
         leaves = Leaves.of(updates)
         carry = leaves.check_like(state.carry)
-        wide = [x.astype(d.dtype) + d for x, d in zip(leaves.arrays, carry, strict=True)]
-        sums = [h.astype(x.dtype) for h, x in zip(wide, leaves.arrays, strict=True)]
+        wide, sums = _with_carry(leaves.arrays, carry)
         clipped, inner = clipper.update(
             leaves.replace(sums), state.inner_state, params, **extra_args
         )
-
-        def rest(h: jax.Array, u: jax.Array, d: jax.Array) -> jax.Array:
-            kept = h - u.astype(h.dtype)
-            return jnp.where(jnp.isfinite(kept), kept, d)
-
-        taken = Leaves.of(clipped).arrays
-        new_carry = [rest(*hud) for hud in zip(wide, taken, carry, strict=True)]
+        new_carry = _rest(wide, Leaves.of(clipped).arrays, carry)
         return clipped, ErrorFeedbackState(leaves.alone(new_carry), inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@once_compiled
+def _with_carry(arrays: list[jax.Array], carry: list[jax.Array]) -> Any:
+    """The sums, in the carry's dtype and in that of the leaves."""
+    wide = [x.astype(d.dtype) + d for x, d in zip(arrays, carry, strict=True)]
+    return wide, [h.astype(x.dtype) for h, x in zip(wide, arrays, strict=True)]
+
+
+@once_compiled
+def _rest(wide: list[jax.Array], taken: list[jax.Array], carry: list[jax.Array]) -> list[jax.Array]:
+    """What was cut off, or the carry where that is not finite."""
+
+    def one(h: jax.Array, u: jax.Array, d: jax.Array) -> jax.Array:
+        kept = h - u.astype(h.dtype)
+        return jnp.where(jnp.isfinite(kept), kept, d)
+
+    return [one(*hud) for hud in zip(wide, taken, carry, strict=True)]
 
 
 def _wide(x: jax.Array) -> Any:

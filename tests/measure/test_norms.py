@@ -60,8 +60,8 @@ def test_vectors_are_in_the_order_of_names(by):
     blocks = groups.blocks_of(numbers)
     np.testing.assert_array_equal(groups.vector(blocks), numbers)
     assert len(groups.names) == groups.size
-    for leaf, x in enumerate(jax.tree.leaves(mixed())):
-        assert np.broadcast_shapes(groups.of(blocks, leaf).shape, x.shape) == x.shape
+    for x, n in zip(jax.tree.leaves(mixed()), groups.by_leaf(blocks), strict=True):
+        assert np.broadcast_shapes(n.shape, x.shape) == x.shape
 
 
 def test_a_vector_of_another_length():

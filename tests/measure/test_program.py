@@ -6,16 +6,17 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.extend.core import Literal, jaxprs_in_params
 from tools.clippers import CLIPPERS, make
 
-TREE = {"w": jnp.ones((4, 6)), "v": jnp.ones((4, 6)), "b": jnp.ones(6), "s": jnp.ones(())}
+SHAPES = {"kernel": (4, 6), "bias": (6,)}  # of the body and of the head
 HOST = """
 import hashlib, jax, jax.numpy as jnp, sys
 sys.path.insert(0, sys.argv[1])
 from tools.clippers import CLIPPERS, make
-tree = {"w": jnp.ones((4, 6)), "v": jnp.ones((4, 6)), "b": jnp.ones(6)}
+tree = {k: {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)} for k in ("body", "head")}
 for name in CLIPPERS:
     tx = make(name)
     text = str(jax.make_jaxpr(tx.update)(tree, tx.init(tree), tree))
@@ -54,15 +55,17 @@ def test_the_program_does_not_depend_on_the_host(by_devices):
 
 
 def primitives(jaxpr):
-    """Of what runs on a TPU: of a choice by platform the last branch, the default."""
-    found = set()
+    """Of what runs on a TPU: of a choice by platform the last branch, the default, alone."""
+    found, by_platform = set(), set()
     for eqn in jaxpr.eqns:
-        found.add(eqn.primitive.name)
-        bodies = list(jax.core.jaxprs_in_params(eqn.params))
-        if eqn.primitive.name == "cond" and "branches" in eqn.params:
-            bodies = [b.jaxpr for b in eqn.params["branches"]]
-            if "float64" in str(bodies[0]):
-                found.discard("cond")
+        name, bodies = eqn.primitive.name, list(jaxprs_in_params(eqn.params))
+        known = {v for v in eqn.invars if not isinstance(v, Literal)}
+        if name == "platform_index" or (name != "cond" and known and known <= by_platform):
+            by_platform |= {*eqn.outvars}
+        elif name == "cond" and eqn.invars[0] in by_platform:
+            bodies = bodies[-1:]
+        else:
+            found.add(name)
         for body in bodies:
             found |= primitives(body)
     return found
@@ -70,6 +73,7 @@ def primitives(jaxpr):
 
 @pytest.mark.parametrize("name", [name for name in CLIPPERS if name not in LOOPS])
 def test_no_branch_and_no_sort(name):
-    tx = make(name)
-    jaxpr = jax.make_jaxpr(tx.update)(TREE, tx.init(TREE), TREE).jaxpr
+    part = {k: np.ones(shape, np.float32) for k, shape in SHAPES.items()}
+    tx, tree = make(name), {"body": part, "head": part}
+    jaxpr = jax.make_jaxpr(tx.update)(tree, tx.init(tree), tree).jaxpr
     assert primitives(jaxpr) & {"cond", "while", "sort", "top_k", "scan"} == set()

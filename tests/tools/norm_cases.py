@@ -1,8 +1,4 @@
-"""Trees to measure, and their norms in float64.
-
-With one device leaves of one shape share kernels, with several they do not: both ways are tried on
-all of these.
-"""
+"""Trees to measure, and their norms in float64: with one device and with eight."""
 
 import dataclasses
 from typing import Any
@@ -96,7 +92,7 @@ def unit_case(axes):
 
 
 def alike(by, ordinary=30):
-    """More leaves of one shape than a bundle holds; some overflow, vanish or are NaN."""
+    """Many leaves of one shape; some overflow, vanish or are NaN."""
     rng = np.random.default_rng(5)
     least = 1e-25 if by == "leaf" else 1e-18  # units below 1e-19 may measure 0
     tree = []
