@@ -20,6 +20,7 @@ from _measure import save
 
 import optaxclip
 from optaxclip.testing import EVENT, Behaviour, multipliers, norm_streams, summarize
+from optaxclip.thresholds import mean_plus_std, multiple_of_quantile
 
 LEVEL = 0.1
 BOUND = 1.2 * LEVEL
@@ -38,9 +39,7 @@ FIXED: dict[str, Callable[[], Any]] = {
         optaxclip.clip_by_global_norm(BOUND)
     ),
     "skip_nonfinite": lambda: optaxclip.skip_nonfinite(optax.identity()),
-    'skip_outliers, "fixed"': lambda: optaxclip.skip_outliers(
-        optax.identity(), rule="fixed", max_norm=2 * LEVEL
-    ),
+    'skip_outliers, "fixed"': lambda: optaxclip.skip_outliers(optax.identity(), 2 * LEVEL),
 }
 ADAPTIVE: dict[str, Callable[..., Any]] = {
     "autoclip": optaxclip.autoclip,
@@ -53,9 +52,9 @@ ADAPTIVE: dict[str, Callable[..., Any]] = {
     "clip_by_quantile": optaxclip.clip_by_quantile,
     "spam_clip": optaxclip.spam_clip,
     "adaclip": optaxclip.adaclip,
-    "skip_outliers": lambda **k: optaxclip.skip_outliers(optax.identity(), **k),
+    "skip_outliers": lambda **k: optaxclip.skip_outliers(optax.identity(), mean_plus_std(**k)),
     'skip_outliers, "quantile"': lambda **k: optaxclip.skip_outliers(
-        optax.identity(), rule="quantile", **k
+        optax.identity(), multiple_of_quantile(**k)
     ),
 }
 PLOTTED = (

@@ -119,7 +119,7 @@ def optax_per_example():
 def skip_large_updates():
     too_long = functools.partial(optax.skip_large_updates, max_squared_norm=C**2)
     theirs = optax.MultiSteps(optax.sgd(0.1), 1, should_skip_update_fn=too_long)
-    guard = optaxclip.skip_outliers(optax.sgd(0.1), rule="fixed", max_norm=C)
+    guard = optaxclip.skip_outliers(optax.sgd(0.1), C)
     as_optax(theirs, guard)
     as_optax(theirs, guard, jax.tree.map(lambda g: g / 100, GRADS))
 

@@ -124,7 +124,7 @@ def record(
     if stats.groups is not None:
         norms, bounds = ([_vector(x, groups=groups)] for x in (norms, bounds))
         recorded = *norms, *bounds, answer(*norms, *bounds)[0]
-    norm, bound, exceeded = _worst(norms, bounds)
+    norm, bound, exceeded = worst(norms, bounds)
     return _recorded(stats, (norm, bound, exceeded, *answer(norm, bound)), recorded)
 
 
@@ -163,7 +163,7 @@ def _vector(blocks: Blocks, *, groups: Groups) -> jax.Array:
 
 
 @once_compiled
-def _worst(norms: Blocks, bounds: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+def worst(norms: Blocks, bounds: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Norm and bound where n / c is largest, and whether any n exceeds its c.
 
     Norms that are not finite come first, and of equal ratios the larger norm. By maxima alone:

@@ -9,3 +9,5 @@ from optaxclip.thresholds.given import Threshold as Threshold
 from optaxclip.thresholds.learned import Learned as Learned
 from optaxclip.thresholds.learned import LearnedState as LearnedState
 from optaxclip.thresholds.learned import Rule as Rule
+from optaxclip.thresholds.outliers import mean_plus_std as mean_plus_std
+from optaxclip.thresholds.outliers import multiple_of_quantile as multiple_of_quantile

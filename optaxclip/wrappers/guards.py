@@ -1,20 +1,19 @@
 """Guards: drop a whole step atomically, leaving parameters and optimizer state as they were."""
 
-from typing import Any, Literal, NamedTuple, get_args
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._arguments import check_at_least, check_between, check_bound, check_count
+from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip._numerics import as_float32, once_compiled
-from optaxclip.measure.norms import AxisName, Norm
-from optaxclip.thresholds.given import Context, Given, Threshold
-from optaxclip.thresholds.learned import Learned, RelearnAfter, relearn_after_of
-from optaxclip.thresholds.rules import Percentile, WindowMoments
-
-OutlierRule = Literal["fixed", "window", "quantile"]
+from optaxclip.measure.norms import By, Norm
+from optaxclip.measure.statistics import worst
+from optaxclip.thresholds.given import Context, as_threshold, non_negative
+from optaxclip.thresholds.outliers import mean_plus_std
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -32,8 +31,8 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     *,
+    norm: By | Norm = "global",
     max_consecutive: int | None = None,
-    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips every step whose gradient has a NaN or an infinity, whole.
 
@@ -43,9 +42,9 @@ def skip_nonfinite(
     Args:
       inner: the optimizer to guard; put the guard outermost, so that weight decay and
         schedules are skipped too.
+      norm: a `Norm`, for its `exclude=` (a frozen part that is NaN, say) and its `axis_name=`.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
         `raise_if_stuck` in the host loop. Steps go on being skipped. None: never. Static.
-      axis_name: mesh axes to decide over, as in `Norm`. Devices decide alike.
 
     Returns:
       A gradient transformation with a `SkipNonfiniteState`.
@@ -74,7 +73,7 @@ def skip_nonfinite(
     if max_consecutive is not None:
         check_count(max_consecutive, "max_consecutive")
     inner = optax.with_extra_args_support(inner)
-    norm = Norm(axis_name=axis_name)
+    measured = norm if isinstance(norm, Norm) else Norm(norm)
 
     def init_fn(params: Tree) -> SkipNonfiniteState:
         # Each counter is a buffer of its own, for all of them may be donated.
@@ -89,9 +88,9 @@ def skip_nonfinite(
         updates: Tree, state: SkipNonfiniteState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, SkipNonfiniteState]:
         # A norm is finite exactly when every element is. XLA shares it with a clipper inside.
-        leaves = norm.leaves(updates)
-        ((n,),) = norm.measure(leaves, norm.groups(leaves))
-        finite = jnp.isfinite(n)
+        leaves = measured.leaves(updates)
+        norms = measured.measure(leaves, measured.groups(leaves))
+        finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(n)) for n in norms])
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         nothing = jax.tree.map(jnp.zeros_like, new_updates)
         new_updates = _select(finite, new_updates, nothing)
@@ -123,52 +122,38 @@ class SkipOutliersState(NamedTuple):
 
 def skip_outliers(
     inner: optax.GradientTransformation,
+    threshold: Any = None,
     *,
-    rule: OutlierRule = "window",
-    max_norm: Any = None,
-    num_stds: Any = 6.0,
-    quantile: Any = 0.99,
-    factor: Any = 2.0,
-    window: int = 128,
-    relearn_after: RelearnAfter = "auto",
+    norm: By | Norm = "global",
     max_consecutive: int | None = None,
-    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips every step whose gradient is far longer than usual, whole.
 
-    A step happens if n <= c, with n the global norm and c, by `rule`: `"fixed"` max_norm;
-    `"window"` `mean + k std` of the last norms that were no outliers; `"quantile"` `factor`
-    times their q-th quantile. Otherwise updates are zeros and the state of `inner` (moments,
-    schedules, clipping statistics) stays exactly as it was.
+    A step happens if `n <= c`, with n the norm and c its bound. Otherwise updates are zeros and the
+    state of `inner` (moments, schedules, clipping statistics) stays exactly as it was.
 
     Args:
       inner: the optimizer to guard; put the guard outermost.
-      rule: where c comes from.
-      max_norm: c >= 0 for `"fixed"`: a number, a traced scalar or a schedule of the steps seen.
-      num_stds: k >= 0 for `"window"`.
-      quantile: q in [0, 1] for `"quantile"`.
-      factor: >= 1, for `"quantile"`: without it every (1 - q)-th step would be skipped.
-      window: how many past norms count, >= 1; the first half are a warm-up. Static.
-      relearn_after: >= window // 2: after so many skipped steps in a row the norm has changed
-        for good and c is learned anew from the last `window // 2` norms. `"auto"`: 64, or
-        `window // 2` if that is more. None: never. Static.
+      threshold: c: a number >= 0, a traced scalar, a schedule of the steps seen, or a `Threshold`
+        such as `thresholds.mean_plus_std()`, which None stands for, or
+        `thresholds.multiple_of_quantile()`.
+      norm: a `Norm`, or its `by`. Of several norms each must be within its bound. `exclude=`
+        leaves a part out.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
         `raise_if_stuck` in the host loop. None: never. Static.
-      axis_name: mesh axes to decide over, as in `Norm`. Devices decide alike.
 
     Returns:
       A gradient transformation with a `SkipOutliersState`.
 
     Raises:
-      ValueError: an argument out of its range; unknown rule; `max_norm` missing or in excess.
+      ValueError: a threshold that is negative or NaN; max_consecutive below 1.
 
     Guarantees:
       Nothing is multiplied by zero, so nothing of a skipped step survives. A gradient with a
-      NaN or an infinity is skipped, whatever the rule. In the warm-up c is twice the median
-      norm so far (with `relearn_after`; else infinite). An outlier is never learned from.
+      NaN or an infinity is skipped, whatever the threshold.
 
     Edge cases:
-      The first finite gradient always passes, unless the rule is `"fixed"`.
+      The first finite gradient passes where the bound is learned.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
@@ -179,17 +164,12 @@ def skip_outliers(
       ...     updates, state = update({"w": jnp.array([norm])}, state, params)
       >>> print(updates["w"], state.skipped_count)
       [0.] 1
-
-    Source: the window of 128 and 6 std is that of OLMo's and Levanter's skip-step optimizers,
-    which look at the loss too and learn from outliers.
     """
-    threshold = _outlier_threshold(
-        rule, max_norm, num_stds, quantile, factor, window, relearn_after
-    )
+    limit = as_threshold(mean_plus_std() if threshold is None else threshold)
     if max_consecutive is not None:
         check_count(max_consecutive, "max_consecutive")
     inner = optax.with_extra_args_support(inner)
-    norm = Norm(axis_name=axis_name)
+    measured = norm if isinstance(norm, Norm) else Norm(norm)
 
     def init_fn(params: Tree) -> SkipOutliersState:
         # Each scalar is a buffer of its own, for all of them may be donated.
@@ -201,19 +181,19 @@ def skip_outliers(
             seen_count=jnp.zeros((), jnp.int32),
             norm=jnp.zeros((), jnp.float32),
             threshold=jnp.zeros((), jnp.float32),
-            threshold_state=threshold.init(norm, params),
+            threshold_state=limit.init(measured, params),
         )
 
     def update_fn(
         updates: Tree, state: SkipOutliersState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, SkipOutliersState]:
-        leaves = norm.leaves(updates)
-        groups = norm.groups(leaves)
-        (norms,) = norm.measure(leaves, groups)
-        context = Context(state.seen_count, norm, groups, leaves, params, extra_args)
-        found, threshold_state = threshold.bound(norms, state.threshold_state, context)
-        n, c = as_float32(norms[0]), jnp.min(jnp.asarray(found))
-        usual = jnp.isfinite(n) & (n <= c)
+        leaves = measured.leaves(updates)
+        groups = measured.groups(leaves)
+        norms = measured.measure(leaves, groups)
+        context = Context(state.seen_count, measured, groups, leaves, params, extra_args)
+        found, threshold_state = limit.bound(groups.vector(norms), state.threshold_state, context)
+        n, c, beyond = worst(norms, non_negative(groups.blocks_of(found)))
+        usual = jnp.isfinite(n) & ~beyond
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         new_updates = _select(usual, new_updates, jax.tree.map(jnp.zeros_like, new_updates))
         skipped, consecutive, stuck = _count(usual, *state[:3], max_consecutive=max_consecutive)
@@ -223,44 +203,12 @@ def skip_outliers(
             stuck,
             _select(usual, new_inner, state.inner_state),
             optax.safe_increment(state.seen_count),
-            n,
-            c.astype(jnp.float32),
+            as_float32(n),
+            as_float32(c),
             threshold_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _outlier_threshold(
-    rule: OutlierRule,
-    max_norm: Any,
-    num_stds: Any,
-    quantile: Any,
-    factor: Any,
-    window: int,
-    relearn_after: RelearnAfter,
-) -> Threshold:
-    if rule not in get_args(OutlierRule):
-        raise ValueError(f"unknown rule, got {rule!r}. Use one of {get_args(OutlierRule)}.")
-    if (max_norm is None) == (rule == "fixed"):
-        raise ValueError(
-            f"max_norm goes with rule='fixed', got {max_norm!r} for rule={rule!r}. Pass both or"
-            " neither."
-        )
-    if rule == "fixed":
-        return Given(max_norm, "max_norm")
-    check_bound(num_stds, "num_stds", schedule=False)
-    check_between(quantile, "quantile", 0, 1)
-    check_at_least(factor, "factor", 1)
-    check_count(window, "window")
-    warmup = max(window // 2, 1)
-    relearn_after = relearn_after_of(relearn_after, 64, warmup)
-    robust = relearn_after is not None
-    if rule == "window":
-        memory: Any = WindowMoments(num_stds, window, robust)
-    else:
-        memory = Percentile(100 * quantile, window, True, factor)
-    return Learned(memory, warmup, relearn_after, outliers_count=False)
 
 
 @once_compiled

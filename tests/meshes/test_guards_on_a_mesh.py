@@ -10,7 +10,7 @@ from optaxclip import skip_outliers
 
 def test_all_devices_skip_an_outlier_alike():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = skip_outliers(optax.identity(), rule="fixed", max_norm=3.0)
+    tx = skip_outliers(optax.identity(), 3.0)
 
     def step(g):
         return tx.update(g, tx.init(g))[0]

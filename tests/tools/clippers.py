@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 import optaxclip
+from optaxclip.thresholds import multiple_of_quantile
 
 INF = float("inf")
 
@@ -153,7 +154,7 @@ ADAPTIVE = {
     "adaclip": lambda: optaxclip.adaclip(),
     "adaclip-leaf": lambda: optaxclip.adaclip(by="leaf"),
     "skip-window": lambda: optaxclip.skip_outliers(optax.identity()),
-    "skip-quantile": lambda: optaxclip.skip_outliers(optax.identity(), rule="quantile"),
+    "skip-quantile": lambda: optaxclip.skip_outliers(optax.identity(), multiple_of_quantile()),
 }
 # Of CLIPPERS, those that have no bound on their first step, for want of history.
 UNBOUNDED_AT_FIRST = (

@@ -5,9 +5,11 @@ from tools.oracles import assert_same_bits
 from tools.steps import factors, first_steps, jitted
 
 import optaxclip
-from optaxclip import clip_stats, raise_if_stuck, skip_outliers
+from optaxclip import Norm, clip_stats, raise_if_stuck, skip_nonfinite, skip_outliers
+from optaxclip.thresholds import mean_plus_std, multiple_of_quantile
 
 PARAMS = {"w": np.float32([1.0, -2.0])}
+SGD = optax.sgd(1.0)
 
 
 def grads(norm):
@@ -22,17 +24,17 @@ def optimizer():
     )
 
 
-RULES = ["fixed", "window", "quantile"]
+RULES = {
+    "fixed": 3.0,
+    "window": mean_plus_std(window=4),
+    "quantile": multiple_of_quantile(window=4),
+}
 
 
 @pytest.fixture(scope="module")
 def guarded():
     """By rule, a guard around an optimizer."""
-    bounds = {"fixed": 3.0}
-    return {
-        rule: jitted(skip_outliers(optimizer(), rule=rule, max_norm=bounds.get(rule), window=4))
-        for rule in RULES
-    }
+    return {rule: jitted(skip_outliers(optimizer(), bound)) for rule, bound in RULES.items()}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -57,7 +59,8 @@ def test_a_skipped_step_leaves_no_trace(rule, bad, guarded):
 
 
 def test_an_infinite_gradient_is_skipped_while_there_is_no_bound():
-    _, state = first_steps(skip_outliers(optax.sgd(1.0), relearn_after=None), grads(np.inf))
+    published = mean_plus_std(relearn_after=None)
+    _, state = first_steps(skip_outliers(optax.sgd(1.0), published), grads(np.inf))
     assert (state.threshold, int(state.skipped_count)) == (np.inf, 1)
 
 
@@ -76,7 +79,7 @@ def test_the_window_rule_is_that_of_its_formula():
     rng = np.random.default_rng(1)
     n = 0.1 * np.exp(0.3 * rng.standard_normal(80))
     n[[30, 31, 60]] *= 4
-    tx = skip_outliers(optax.identity(), num_stds=2.0, window=16, relearn_after=None)
+    tx = skip_outliers(optax.identity(), mean_plus_std(2.0, window=16, relearn_after=None))
     expected = window_rule(n, 2.0, 16)
     assert 3 <= np.sum(expected == 0) < 20
     found = factors(tx, np.stack([n, 1e-9 * n], 1))
@@ -86,13 +89,13 @@ def test_the_window_rule_is_that_of_its_formula():
 def test_a_level_that_has_changed_is_learned_after_so_many_steps():
     n = np.full(60, 0.1)
     n[20:] = 1.0
-    tx = skip_outliers(optax.identity(), window=8, relearn_after=10)
+    tx = skip_outliers(optax.identity(), mean_plus_std(window=8, relearn_after=10))
     found = factors(tx, np.stack([n, 1e-9 * n], 1))[:, 0]
     np.testing.assert_allclose(found, [1.0] * 20 + [0.0] * 10 + [1.0] * 30, rtol=1e-6)
 
 
 def test_stuck():
-    tx = jitted(skip_outliers(optax.sgd(1.0), rule="fixed", max_norm=1.0, max_consecutive=2))
+    tx = jitted(skip_outliers(optax.sgd(1.0), 1.0, max_consecutive=2))
     state = tx.init(PARAMS)
     for _ in range(2):
         raise_if_stuck(state)
@@ -102,18 +105,42 @@ def test_stuck():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "message"),
     [
-        ({"rule": "median"}, r"unknown rule, got 'median'\. Use one of"),
-        ({"rule": "fixed"}, r"max_norm goes with rule='fixed', got None for rule='fixed'"),
-        ({"max_norm": 1.0}, r"max_norm goes with rule='fixed', got 1\.0 for rule='window'"),
-        ({"num_stds": -1}, r"num_stds must be >= 0, got -1"),
-        ({"quantile": 99}, r"quantile must be in \[0, 1\], got 99\. Pass for example 0\.9"),
-        ({"factor": 0.5}, r"factor must be >= 1, got 0\.5\. Pass 1 or more"),
-        ({"relearn_after": 3}, r"relearn_after must be >= 64, .*got 3"),
-        ({"max_consecutive": 0}, r"max_consecutive must be >= 1, got 0"),
+        (lambda: mean_plus_std(-1), r"num_stds must be >= 0, got -1"),
+        (
+            lambda: multiple_of_quantile(99),
+            r"quantile must be in \[0, 1\], got 99\. Pass for example 0\.9",
+        ),
+        (
+            lambda: multiple_of_quantile(factor=0.5),
+            r"factor must be >= 1, got 0\.5\. Pass 1 or more",
+        ),
+        (lambda: mean_plus_std(relearn_after=3), r"relearn_after must be >= 64, .*got 3"),
+        (lambda: skip_outliers(SGD, -1.0), r"threshold must be >= 0, got -1"),
+        (lambda: skip_outliers(SGD, max_consecutive=0), r"max_consecutive must be >= 1, got 0"),
     ],
 )
-def test_arguments_out_of_range(arguments, message):
+def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
-        skip_outliers(optax.sgd(1.0), **arguments)
+        make()
+
+
+def test_of_several_norms_each_must_be_within_its_bound():
+    params = {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}
+    tx = jitted(skip_outliers(SGD, {"a": 1.0, "b": 10.0}, norm="leaf"))
+    state, skipped = tx.init(params), []
+    for a, b in [(0.5, 5.0), (2.0, 5.0), (0.5, 20.0), (0.5, np.nan)]:
+        updates = {"a": np.float32([a, 0]), "b": np.float32([b, 0])}
+        _, state = tx.update(updates, state)
+        skipped.append(int(state.skipped_count))
+    assert skipped == [0, 1, 2, 3]
+
+
+def test_a_part_may_be_left_out():
+    params = {"frozen": np.zeros(1, np.float32), "w": np.ones(1, np.float32)}
+    norm = Norm(exclude=lambda path, leaf: path == "frozen")
+    for guard in (skip_outliers(SGD, 2.0, norm=norm), skip_nonfinite(SGD, norm=norm)):
+        tx = jitted(guard)
+        bad = {"frozen": np.float32([np.nan]), "w": np.float32([1.0])}
+        assert int(tx.update(bad, tx.init(params))[1].skipped_count) == 0
