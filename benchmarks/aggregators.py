@@ -27,6 +27,15 @@ import optax
 from _measure import compiled, interleaved, machine, ratios, save
 
 import optaxclip
+from optaxclip.per_example import (
+    centered_clip,
+    coordinate_median,
+    coordinate_trimmed_mean,
+    example_quantile,
+    geometric_median,
+    trim_by_norm,
+)
+from optaxclip.thresholds import split_evenly
 
 try:
     from jax_privacy.clipping import clipped_grad as privacy_clipped_grad
@@ -45,13 +54,13 @@ MICROBATCHES = (1, 8, None)
 AGGREGATORS: dict[str, Any] = {
     FLAT: optaxclip.clip_per_example(1.0),
     "clip_per_example again": optaxclip.clip_per_example(1.0),
-    "clip_per_example, by leaf": optaxclip.clip_per_example(optaxclip.split_evenly(1.0), by="leaf"),
-    "clip_per_example, quantile": optaxclip.clip_per_example(optaxclip.example_quantile(0.5)),
-    "trim_by_norm": optaxclip.trim_by_norm(0.1),
-    "centered_clip, 1 iteration": optaxclip.centered_clip(1.0),
-    "geometric_median, 4 iterations": optaxclip.geometric_median(iterations=4),
-    "coordinate_median": optaxclip.coordinate_median(),
-    "coordinate_trimmed_mean": optaxclip.coordinate_trimmed_mean(0.1),
+    "clip_per_example, by leaf": optaxclip.clip_per_example(split_evenly(1.0), by="leaf"),
+    "clip_per_example, quantile": optaxclip.clip_per_example(example_quantile(0.5)),
+    "trim_by_norm": trim_by_norm(0.1),
+    "centered_clip, 1 iteration": centered_clip(1.0),
+    "geometric_median, 4 iterations": geometric_median(iterations=4),
+    "coordinate_median": coordinate_median(),
+    "coordinate_trimmed_mean": coordinate_trimmed_mean(0.1),
 }
 # Measured up to this many bytes of stacked gradients: they are sorted, for seconds a step.
 STACKED = ("coordinate_median", "coordinate_trimmed_mean")

@@ -13,6 +13,10 @@ from sphinx import addnodes
 import optaxclip
 
 project = "optaxclip"
+MODULES = (
+    optaxclip, optaxclip.per_example, optaxclip.thresholds, optaxclip.wrappers, optaxclip.clipping,
+    optaxclip.selection, optaxclip.robustness, optaxclip.checkpoints,
+)  # fmt: skip
 author = "The optaxclip authors"
 copyright = author
 version = release = optaxclip.__version__
@@ -94,8 +98,10 @@ def _names_are_links(app, doctree):
     for code in list(doctree.findall(nodes.literal)):
         name = code.astext().partition("(")[0]
         linked = isinstance(code.parent, (addnodes.pending_xref, nodes.reference, nodes.title))
-        if not linked and callable(getattr(optaxclip, name, None)):
-            target = {"refdomain": "py", "reftype": "obj", "reftarget": f"optaxclip.{name}"}
+        module = next((m for m in MODULES if callable(getattr(m, name, None))), None)
+        if not linked and module is not None:
+            place = f"{module.__name__}.{name}"
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": place}
             code.replace_self(addnodes.pending_xref("", code.deepcopy(), refwarn=True, **target))
 
 

@@ -77,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
     )
     done = manager.latest_step() or 0
     if done:
-        optaxclip.check_saved_state(manager.item_metadata(done), state)
+        optaxclip.checkpoints.check_saved_state(manager.item_metadata(done), state)
         state = manager.restore(done, args=ocp.args.StandardRestore(state))
         say(f"goes on from the checkpoint of step {done}")
     step = done

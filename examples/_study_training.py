@@ -182,7 +182,7 @@ def examine(model: str, data: str, params: Any, x: jax.Array, y: jax.Array) -> l
     attack = {"radius": radius, "norm": np.inf, "steps": 5}
     found.append(optaxclip.adversarial_accuracy(fun, params, x, y, **attack))
     noise = {"sigmas": np.array([3 * radius]), "samples": 4, "key": key}
-    found.append(optaxclip.noise_accuracy(fun, params, x, y, **noise)[0])
+    found.append(optaxclip.robustness.noise_accuracy(fun, params, x, y, **noise)[0])
     return found
 
 

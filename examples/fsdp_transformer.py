@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"a clipper's norm: {norm.sharding.spec}, the same on all devices")
 
 
-def summary(name: str, seen: optaxclip.ClipStats) -> str:
+def summary(name: str, seen: optaxclip.clipping.ClipStats) -> str:
     """What a clipper did."""
     rate = seen.clipped_count / seen.count
     return f"{name}: norm {seen.pre_clip_norm:.3f}, {rate:.0%} of steps clipped"

@@ -68,7 +68,7 @@ METHODS = {
     "plain": Method("cross-entropy", optax.identity()),
     "global": Method("+ global clip 0.1", optaxclip.clip_by_global_norm(0.1)),
     "per_example": Method("+ per-example clip 0.1", optaxclip.clip_per_example(0.1), True),
-    "trim": Method("+ trim the longest 40 %", optaxclip.trim_by_norm(0.4), True),
+    "trim": Method("+ trim the longest 40 %", optaxclip.per_example.trim_by_norm(0.4), True),
     "phuber": Method("PHuber, tau 2", optax.identity(), loss=optaxclip.phuber_cross_entropy),
 }
 

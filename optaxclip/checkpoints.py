@@ -36,10 +36,11 @@ def check_saved_state(saved: Tree, state: Tree) -> None:
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
+      >>> from optaxclip.checkpoints import check_saved_state
       >>> params = {"w": jnp.zeros(2)}
       >>> saved = optaxclip.clip_by_quantile().init(params)
-      >>> optaxclip.check_saved_state(saved, optaxclip.clip_by_quantile().init(params))
-      >>> optaxclip.check_saved_state(saved, optaxclip.clip_by_global_norm(1.0).init(params))
+      >>> check_saved_state(saved, optaxclip.clip_by_quantile().init(params))
+      >>> check_saved_state(saved, optaxclip.clip_by_global_norm(1.0).init(params))
       Traceback (most recent call last):
       ...
       ValueError: the checkpoint must hold the state to restore, got

@@ -13,10 +13,10 @@ from optaxclip._numerics import accumulator, once_compiled, scaled, times
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import check_reduced
 from optaxclip.measure.norms import By, Norm
+from optaxclip.measure.statistics import ClipStats as ClipStats
+from optaxclip.measure.statistics import ExampleStats as ExampleStats
+from optaxclip.measure.statistics import GroupStats as GroupStats
 from optaxclip.measure.statistics import (
-    ClipStats,
-    ExampleStats,
-    GroupStats,
     check_same_groups,
     empty_stats,
     record,

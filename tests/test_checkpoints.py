@@ -78,7 +78,7 @@ def saved(tmp_path_factory):
 )
 def test_what_does_not_fit_is_named_and_nothing_else(saved, written_with, clipper, lines):
     with pytest.raises(ValueError, match="the checkpoint must hold the state to restore") as error:
-        optaxclip.check_saved_state(saved[written_with], state_of(clipper))
+        optaxclip.checkpoints.check_saved_state(saved[written_with], state_of(clipper))
     _, *listed, last = str(error.value).splitlines()
     assert sorted(line.strip() for line in listed) == sorted(lines)
     assert last.startswith("Build the optimizer with the clippers and settings of the run")
@@ -86,15 +86,15 @@ def test_what_does_not_fit_is_named_and_nothing_else(saved, written_with, clippe
 
 def test_of_a_long_list_the_beginning_is_shown(saved):
     with pytest.raises(ValueError, match=r"(?s)opt_state/0/skipped_count: miss.*\n  and 7 more\n"):
-        optaxclip.check_saved_state(saved["global"], state_of(SAVED["guarded"]()))
+        optaxclip.checkpoints.check_saved_state(saved["global"], state_of(SAVED["guarded"]()))
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_what_was_saved_fits(saved, name):
     state = state_of(SAVED[name]())
-    optaxclip.check_saved_state(saved[name], state)
-    optaxclip.check_saved_state(saved[name], jax.eval_shape(lambda: state))
-    optaxclip.check_saved_state(state, state)
+    optaxclip.checkpoints.check_saved_state(saved[name], state)
+    optaxclip.checkpoints.check_saved_state(saved[name], jax.eval_shape(lambda: state))
+    optaxclip.checkpoints.check_saved_state(state, state)
 
 
 def test_flax_variables_keys_and_numbers_fit_what_was_saved(tmp_path):
@@ -107,6 +107,6 @@ def test_flax_variables_keys_and_numbers_fit_what_was_saved(tmp_path):
         "step": 3,
     }
     saved = metadata(tmp_path / "state", state)
-    optaxclip.check_saved_state(saved, state)
+    optaxclip.checkpoints.check_saved_state(saved, state)
     with pytest.raises(ValueError, match="  value/value: shape"):
-        optaxclip.check_saved_state(saved, state | {"value": {"value": np.ones(3)}})
+        optaxclip.checkpoints.check_saved_state(saved, state | {"value": {"value": np.ones(3)}})

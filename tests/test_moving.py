@@ -15,7 +15,7 @@ from tools.pages import ROOT
 from tools.quick import quick_jit
 
 import optaxclip
-from optaxclip.per_example import materialize
+from optaxclip.per_example import example_quantile, materialize
 
 # jax-privacy 2.0 calls a function that Optax has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
@@ -149,7 +149,7 @@ def keras_clipnorm():
 
 def opacus_adaptive():
     """`C <- C exp(-eta (share within C - q))`, once a step."""
-    tx = optaxclip.clip_per_example(optaxclip.example_quantile(0.5, init=C, step_size=0.2))
+    tx = optaxclip.clip_per_example(example_quantile(0.5, init=C, step_size=0.2))
     state, update = tx.init(PARAMS), quick_jit(tx.update)
     for _ in range(2):
         _, state = update(factored(), state, PARAMS)

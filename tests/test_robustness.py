@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tools.exploring import examples
 
-from optaxclip import adversarial_accuracy, input_sensitivity, noise_accuracy
+from optaxclip import adversarial_accuracy, input_sensitivity
+from optaxclip.robustness import noise_accuracy
 
 INF = float("inf")
 

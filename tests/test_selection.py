@@ -375,7 +375,7 @@ def validation(scores, failed, mode="max"):
     worst = -np.inf if mode == "max" else np.inf
     scores = np.where(failed, worst, scores)
     nothing = np.full(scores.shape, np.nan)
-    return optaxclip.CrossValidation(
+    return optaxclip.selection.CrossValidation(
         np.arange(1.0, len(scores) + 1), scores, failed, nothing, nothing, mode
     )
 
@@ -482,7 +482,7 @@ def test_plot_shows_every_threshold(tmp_path):
     failed = np.zeros((3, 4, 1), bool)
     failed[2, 0] = True
     rng = np.random.default_rng(0)
-    found = optaxclip.CrossValidation(
+    found = optaxclip.selection.CrossValidation(
         np.array([0.1, 1.0, np.inf]),
         np.where(failed, -np.inf, rng.random((3, 4, 1))),
         failed,

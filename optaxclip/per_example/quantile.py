@@ -103,7 +103,7 @@ def example_quantile(
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.clip_per_example(optaxclip.example_quantile(0.5, init=1.0))
+      >>> tx = optaxclip.clip_per_example(optaxclip.per_example.example_quantile(0.5, init=1.0))
       >>> state, update = tx.init(jnp.zeros(1)), jax.jit(tx.update)
       >>> for _ in range(50):
       ...     updates, state = update(jnp.array([[1.0], [2.0], [4.0], [90.0]]), state)

@@ -46,7 +46,7 @@ def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggre
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.trim_by_norm(0.25)
+      >>> tx = optaxclip.per_example.trim_by_norm(0.25)
       >>> grads = jnp.array([[1.0], [2.0], [3.0], [-50.0]])
       >>> print(tx.update(grads, tx.init(jnp.zeros(1)))[0])
       [2.]
@@ -100,7 +100,7 @@ def centered_clip(
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.centered_clip(1.0, iterations=3)
+      >>> tx = optaxclip.per_example.centered_clip(1.0, iterations=3)
       >>> grads = jnp.array([[3.0], [3.2], [2.8], [-50.0]])
       >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.3f}")
       1.500
@@ -168,7 +168,7 @@ def geometric_median(
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.geometric_median(iterations=20)
+      >>> tx = optaxclip.per_example.geometric_median(iterations=20)
       >>> grads = jnp.array([[1.0], [2.0], [3.0], [3.1], [-50.0]])
       >>> print(f"{tx.update(grads, tx.init(jnp.zeros(1)))[0][0]:.2f}")
       2.00
@@ -217,7 +217,7 @@ def coordinate_median(*, name: str | None = None) -> aggregating.Aggregator:
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.coordinate_median()
+      >>> tx = optaxclip.per_example.coordinate_median()
       >>> grads = jnp.array([[1.0, 9.0], [2.0, 7.0], [-50.0, 8.0]])
       >>> print(tx.update(grads, tx.init(jnp.zeros(2)))[0])
       [1. 8.]
@@ -261,7 +261,7 @@ def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggreg
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.coordinate_trimmed_mean(0.25)
+      >>> tx = optaxclip.per_example.coordinate_trimmed_mean(0.25)
       >>> grads = jnp.array([[1.0], [2.0], [4.0], [-50.0]])
       >>> print(tx.update(grads, tx.init(jnp.zeros(1)))[0])
       [1.5]

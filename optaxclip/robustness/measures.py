@@ -242,7 +242,7 @@ def noise_accuracy(
       >>> import jax, jax.numpy as jnp, optaxclip
       >>> logits = lambda w, x: jnp.stack([0 * x, w * x], axis=-1)
       >>> x, y = jnp.full(1000, 1.0), jnp.ones(1000, int)
-      >>> found = optaxclip.noise_accuracy(
+      >>> found = optaxclip.robustness.noise_accuracy(
       ...     logits, 1.0, x, y, sigmas=[0.0, 1.0], samples=20, key=jax.random.key(0)
       ... )
       >>> print(found.round(2))  # the normal distribution function at 1 / sigma

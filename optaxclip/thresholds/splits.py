@@ -61,7 +61,7 @@ def split_evenly(max_norm: Any) -> Threshold:
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.clip_per_example(optaxclip.split_evenly(1.0), by="leaf")
+      >>> tx = optaxclip.clip_per_example(optaxclip.thresholds.split_evenly(1.0), by="leaf")
       >>> grads = {"w": jnp.full((1, 100), 9.0), "b": jnp.full((1, 1), 9.0)}
       >>> state = tx.update(grads, tx.init({"w": jnp.zeros(100), "b": jnp.zeros(1)}))[1]
       >>> print(optaxclip.clip_stats(state)["clip_per_example"].groups.threshold.round(3))
@@ -93,7 +93,7 @@ def split_by_size(max_norm: Any) -> Threshold:
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
-      >>> tx = optaxclip.clip_per_example(optaxclip.split_by_size(1.0), by="leaf")
+      >>> tx = optaxclip.clip_per_example(optaxclip.thresholds.split_by_size(1.0), by="leaf")
       >>> grads = {"w": jnp.full((1, 99), 9.0), "b": jnp.full((1, 1), 9.0)}
       >>> state = tx.update(grads, tx.init({"w": jnp.zeros(99), "b": jnp.zeros(1)}))[1]
       >>> print(optaxclip.clip_stats(state)["clip_per_example"].groups.threshold)

@@ -265,7 +265,7 @@ def test_a_nan_bound_that_is_traced_shows(form):
 
 def test_errors():
     with pytest.raises(TypeError, match=r"max_value must be a number, a schedule .*got Split"):
-        clip_singular_values(optaxclip.split_evenly(1.0))
+        clip_singular_values(optaxclip.thresholds.split_evenly(1.0))
     with pytest.raises(ValueError, match=r"unknown method, got 'qr'\. Use one of"):
         clip_singular_values(1.0, method="qr")
     with pytest.raises(ValueError, match=r"max_value must be >= 0, got -1"):

@@ -13,13 +13,14 @@ from tools.oracles import assert_close, assert_same_bits
 from tools.quick import QUICK
 
 import optaxclip
+from optaxclip.per_example import centered_clip, example_quantile
 
 PER_EXAMPLE = {
     "per-example": lambda: optaxclip.clip_per_example(1.0),
-    "per-example-quantile": lambda: optaxclip.clip_per_example(optaxclip.example_quantile(0.5)),
+    "per-example-quantile": lambda: optaxclip.clip_per_example(example_quantile(0.5)),
     "per-example-labels": lambda: optaxclip.clip_per_example(1.0, by="leaf"),
-    "centered": lambda: optaxclip.centered_clip(1.0),
-    "median": lambda: optaxclip.geometric_median(),
+    "centered": lambda: centered_clip(1.0),
+    "median": lambda: optaxclip.per_example.geometric_median(),
 }
 ONE_OF_EACH_MEMORY = [
     "autoclip",
@@ -100,7 +101,7 @@ def test_every_state_comes_back_on_another_mesh_bit_for_bit(checkpointer, tmp_pa
     checkpointer.save(tmp_path / "states", put(states, split(wide=False)))
     checkpointer.wait_until_finished()
     saved = checkpointer.metadata(tmp_path / "states").item_metadata
-    optaxclip.check_saved_state(saved, states)
+    optaxclip.checkpoints.check_saved_state(saved, states)
     restored = checkpointer.restore(tmp_path / "states", empty(shapes, split(wide=True)))
     for name in shapes:
         assert_same_bits(restored[name], states[name])

@@ -7,7 +7,8 @@ import pytest
 from tools.quick import run
 
 import optaxclip
-from optaxclip import clip_per_example, example_quantile
+from optaxclip import clip_per_example
+from optaxclip.per_example import example_quantile
 
 B = 100
 

@@ -11,15 +11,15 @@ from tools.models import TIED_SIZE, aggregate, tied, tied_batch, tied_params
 from tools.quick import run
 
 import optaxclip
-from optaxclip import (
+from optaxclip import explain
+from optaxclip.per_example import (
     centered_clip,
     coordinate_median,
     coordinate_trimmed_mean,
-    explain,
     geometric_median,
+    per_example_grad,
     trim_by_norm,
 )
-from optaxclip.per_example import per_example_grad
 
 SIZE = TIED_SIZE
 

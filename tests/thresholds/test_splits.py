@@ -8,7 +8,7 @@ import pytest
 from tools.oracles import norm
 
 import optaxclip
-from optaxclip import split_by_size, split_evenly
+from optaxclip.thresholds import split_by_size, split_evenly
 
 GRADS = {
     "a": np.full(3, 9.0, np.float32),

@@ -9,7 +9,8 @@ import optax
 from jax.extend.core import Primitive
 
 import optaxclip
-from optaxclip import ClipStats, per_example
+from optaxclip import per_example
+from optaxclip.clipping import ClipStats
 from optaxclip.per_example import Form, RuleContext
 from optaxclip.testing import Behaviour, check_clipper
 from optaxclip.thresholds import Threshold
@@ -59,7 +60,7 @@ norms: jax.Array = optaxclip.per_example_norms(loss)(params, batch)
 squares: jax.Array = per_example.sq_norms(factored)
 mean = per_example.weighted_sum(factored, jnp.full(4, 0.25))
 fallbacks = optaxclip.explain(loss, params, batch).fallbacks
-aggregate = optaxclip.clip_per_example(optaxclip.split_evenly(1.0), by="leaf")
+aggregate = optaxclip.clip_per_example(optaxclip.thresholds.split_evenly(1.0), by="leaf")
 aggregate.update(factored, aggregate.init(params), params)
 private = optaxclip.clipped_grad(loss, l2_clip_norm=1.0)
 private(params, batch)
@@ -81,5 +82,5 @@ class Double:
         return jnp.minimum(1.0, 2 * bound / norm)
 
 
-bounds: Threshold = optaxclip.split_by_size(1.0)
+bounds: Threshold = optaxclip.thresholds.split_by_size(1.0)
 optaxclip.clip_by("leaf", bounds, Double())
