@@ -47,6 +47,7 @@ def saved(tmp_path_factory):
             "global",
             optaxclip.zclip(),
             [
+                "opt_state/0/threshold_state/ordered: missing in the checkpoint",
                 "opt_state/0/threshold_state/recent: missing in the checkpoint",
                 "opt_state/0/threshold_state/seen: missing in the checkpoint",
                 "opt_state/0/threshold_state/streak: missing in the checkpoint",

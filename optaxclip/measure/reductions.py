@@ -94,8 +94,7 @@ Kind = Sums | Largest | Powers
 
 
 def unit_of(largest: jax.Array) -> jax.Array:
-    """What to divide by, near the largest element: a number that is neither 0 nor infinite."""
-    info = jnp.finfo(largest.dtype)
-    return lax.stop_gradient(
-        jnp.where(jnp.isfinite(largest), jnp.clip(largest, info.tiny, info.max), 1.0)
-    )
+    """What to divide by, near the largest element: a number whose inverse is an ordinary number."""
+    tiny = jnp.finfo(largest.dtype).tiny
+    unit = jnp.where(jnp.isfinite(largest), jnp.clip(largest, tiny, 1 / tiny), 1.0)
+    return lax.stop_gradient(unit)

@@ -136,8 +136,8 @@ def clip_per_example(
 
         sums = incoming.zeros()
         by_leaf = groups.by_leaf([weights])
-        for i, form, c in zip(leaves.positions, moving, by_leaf, strict=True):
-            sums[i] = form.weighted_sum(c)
+        for i, form, weight in zip(leaves.positions, moving, by_leaf, strict=True):
+            sums[i] = form.weighted_sum(weight)
 
         def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
             nonfinite: NonFinite = "zero" if nan_safe else "propagate"
