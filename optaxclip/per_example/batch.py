@@ -107,11 +107,11 @@ class Answer(NamedTuple):
     noise_scale: jax.Array | None = None
 
 
-Rule = Callable[[Batch, Tree, Context], Answer]
+Combine = Callable[[Batch, Tree, Context], Answer]
 
 
 def aggregator(
-    name: str, rule: Rule, init: Callable[[Leaves, Tree], Tree] = lambda leaves, params: ()
+    name: str, rule: Combine, init: Callable[[Leaves, Tree], Tree] = lambda leaves, params: ()
 ) -> aggregating.Aggregator:
     """The aggregator of a rule: checks, norms, what is not finite, statistics."""
 

@@ -37,9 +37,9 @@ class Passage:
 
 
 Moved = list[tuple[int, Form]] | None
-Rule = Callable[[Any, Passage], Moved]  # of an Outer or a Gathered
+PassageRule = Callable[[Any, Passage], Moved]  # of an Outer or a Gathered
 
-_RULES: dict[Primitive | None, Rule] = {}
+_RULES: dict[Primitive | None, PassageRule] = {}
 
 
 def moved(form: Form, passage: Passage) -> Moved:
@@ -65,10 +65,10 @@ def _as_outer(form: Dense) -> Outer:
     return Outer(form.stacked.reshape(count, 1, 1, -1), ones, layout)
 
 
-def through(*primitives: Primitive | None) -> Callable[[Rule], Rule]:
+def through(*primitives: Primitive | None) -> Callable[[PassageRule], PassageRule]:
     """Decorate the rule of the forms that go back through some primitives."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: PassageRule) -> PassageRule:
         _RULES.update(dict.fromkeys(primitives, rule))
         return rule
 

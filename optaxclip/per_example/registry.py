@@ -51,16 +51,16 @@ class RuleContext:
         )[0]
 
 
-class Rule(Protocol):
+class UseRule(Protocol):
     """`rule(ctx, *operands, **equation_params)`: a form, or None where it does not apply."""
 
     def __call__(self, ctx: RuleContext, *operands: Any, **params: Any) -> Form | None: ...
 
 
-_RULES: dict[Primitive, Rule] = {}
+_RULES: dict[Primitive, UseRule] = {}
 
 
-def register_rule(*registered: Primitive) -> Callable[[Rule], Rule]:
+def register_rule(*registered: Primitive) -> Callable[[UseRule], UseRule]:
     """Decorate the rule for one or several primitives.
 
     The rule is called as `rule(ctx, *operands, **equation_params)`, once for each operand
@@ -113,14 +113,14 @@ def register_rule(*registered: Primitive) -> Callable[[Rule], Rule]:
             " the rule."
         )
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: UseRule) -> UseRule:
         _RULES.update(dict.fromkeys(registered, rule))
         return rule
 
     return register
 
 
-def rule_of(primitive: Primitive) -> Rule | None:
+def rule_of(primitive: Primitive) -> UseRule | None:
     """The rule registered for a primitive."""
     return _RULES.get(primitive)
 
