@@ -1,7 +1,7 @@
 """Numbers: in which dtype they are added, products that keep a dtype, maxima that keep NaN."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,19 @@ def root(x: jax.Array) -> jax.Array:
 def maximum_of(x: jax.Array, axis: Any = None) -> jax.Array:
     """`max x`, of numbers >= 0; NaN where there is one, which `jnp.max` on CPU loses (JAX 0.10)."""
     return from_marked(jnp.max(marked(x), axis=axis))
+
+
+# A vector of 1000 scalars in one step is one kernel of 1000 formulas: long to compile.
+_AT_ONCE = 32
+
+
+def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
+    """The vector of some scalars; of many in steps that XLA keeps apart."""
+    if len(scalars) <= _AT_ONCE:
+        return jnp.stack(scalars)
+    starts = range(0, len(scalars), _AT_ONCE)
+    parts = [jnp.stack(scalars[i : i + _AT_ONCE]) for i in starts]
+    return jnp.concatenate(lax.optimization_barrier(parts))
 
 
 def marked(x: jax.Array) -> jax.Array:

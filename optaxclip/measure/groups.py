@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip.measure.platforms import kept_apart
+from optaxclip._numerics import stacked
+from optaxclip.measure.platforms import cut
 
 # Up to this many units a leaf, what is whole on every device is kept apart from what is split.
 _FEW = 256
@@ -68,7 +69,7 @@ class Groups:
         """Of arrays group by group."""
         if self.has_units:
             return list(by_group)
-        return [jnp.stack(by_group)] if by_group else [jnp.zeros(0, jnp.float32)]
+        return [stacked(by_group)] if by_group else [jnp.zeros(0, jnp.float32)]
 
     def blocks_of(self, numbers: jax.Array | Sequence[jax.Array]) -> Blocks:
         """Of a vector in the order of `names`, of one number for all, or of what are blocks."""
@@ -99,12 +100,13 @@ class Groups:
 
     def by_leaf(self, blocks: Blocks) -> list[jax.Array]:
         """The numbers of each leaf: a scalar, or what broadcasts to it."""
-        if self.has_units or not blocks[0].ndim:
-            each = blocks if self.has_units else blocks * len(self.unit_shapes)
+        if self.has_units:
+            each = blocks
         else:
-            count = len(self.unit_shapes)
-            each = [lax.index_in_dim(blocks[0], k, keepdims=False) for k in range(count)]
-            each = kept_apart(each) if count > 1 else each
+            (vector,) = blocks
+            each = cut(vector) if vector.ndim == 1 else [vector] * len(self.unit_shapes)
+            if vector.ndim == 2:  # with examples
+                each = list(vector)
         return [each[group] for group in self.of_leaf]
 
 

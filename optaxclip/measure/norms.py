@@ -226,10 +226,9 @@ def _totals(
     kind: Kind,
 ) -> Blocks:
     """What the norms are made of, of the whole mesh: blocks with the scales in front."""
-    found = kind.of(arrays, groups.unit_axes, dtype)
     parts: dict[Axes, jax.Array] = {}
     if not groups.has_units:
-        by_leaf = jnp.stack([x.reshape(len(x)) for x in found], axis=1)
+        by_leaf = kind.whole(arrays, dtype)
         member = np.arange(len(groups.unit_shapes))[:, None] == np.asarray(groups.of_leaf)
         for own in dict.fromkeys(axes):
             here = member & np.asarray([a == own for a in axes])
@@ -239,6 +238,7 @@ def _totals(
                 else kind.reduce(jnp.where(here[None], by_leaf[:, None], 0.0), axis=2)
             )
         return [over_mesh(parts, kind)]
+    found = kind.of(arrays, groups.unit_axes, dtype)
     if not any(axes):
         return [x.reshape(len(x), *s) for x, s in zip(found, groups.unit_shapes, strict=True)]
     for own in dict.fromkeys(axes):

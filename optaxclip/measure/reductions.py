@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip._numerics import from_marked, marked, root
+from optaxclip._numerics import from_marked, marked, root, stacked
 from optaxclip.measure.platforms import Axes, modulus, power_sums, scales_of
 
 
@@ -23,18 +23,25 @@ class Sums:
 
     def of(self, arrays: Sequence[jax.Array], axes: Axes, dtype: Any) -> list[jax.Array]:
         """What the norms of these arrays are made of."""
-        return power_sums(tuple(arrays), axes, 1 if self.ord == 1 else 2, jnp.dtype(dtype))
+        return power_sums(tuple(arrays), axes, self._power, jnp.dtype(dtype))
+
+    def whole(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+        """The same of whole arrays, [scales, arrays]."""
+        return power_sums(tuple(arrays), None, self._power, jnp.dtype(dtype))
+
+    @property
+    def _power(self) -> int:
+        return 1 if self.ord == 1 else 2
 
     def norm(self, sums: jax.Array, count: Any) -> jax.Array:
         """From the sum at that scale at which it is in range."""
         scales = scales_of(sums.dtype)
-        power = 1 if self.ord == 1 else 2
         small = sums[0] < (2.0**-420 if sums.dtype == jnp.float64 else 2.0**-60)
         total = jnp.where(small, sums[2], jnp.where(jnp.isinf(sums[0]), sums[1], sums[0]))
         scale = jnp.where(small, scales[2], jnp.where(jnp.isinf(sums[0]), scales[1], scales[0]))
         if self.ord == "rms":
             total = total / jnp.asarray(count, total.dtype)
-        found = root(total) if power == 2 else total
+        found = root(total) if self._power == 2 else total
         # A norm past the largest float is that float.
         largest = jnp.finfo(sums.dtype).max
         return jnp.where(jnp.isfinite(found), jnp.minimum(found / scale, largest), found)
@@ -54,6 +61,10 @@ class Largest:
             jnp.max(marked(modulus(x, dtype)), axis=a, keepdims=True)[None]
             for x, a in zip(arrays, axes, strict=True)
         ]
+
+    def whole(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+        """The same of whole arrays, [1, arrays]."""
+        return stacked([jnp.max(marked(modulus(x, dtype))) for x in arrays])[None]
 
     def norm(self, largest: jax.Array, count: Any) -> jax.Array:
         """The largest modulus."""
@@ -81,6 +92,11 @@ class Powers:
             jnp.sum((modulus(x, dtype) / unit) ** float(self.ord), axis=a, keepdims=True)[None]
             for x, unit, a in zip(arrays, self.units, axes, strict=True)
         ]
+
+    def whole(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+        """The same of whole arrays, [1, arrays]."""
+        every = tuple(tuple(range(x.ndim)) for x in arrays)
+        return stacked([x.reshape(()) for x in self.of(arrays, every, dtype)])[None]
 
     def norm(self, total: jax.Array, count: Any) -> jax.Array:
         """In units."""
