@@ -160,7 +160,7 @@ def clip_by(
             if stats:
                 # Each element has its own unit here, so that statistics are in bounds.
                 ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, bounds))
-                in_bounds = measured.measure(ratios, groups)
+                in_bounds = measured.measure(ratios, groups, nan=False)
             clipped, new_stats = _clipped_one_by_one(
                 leaves.arrays, norms, bounds, in_bounds, state.stats, **settings
             )

@@ -121,10 +121,10 @@ class Norm:
         )
         return Groups(paths, of_leaf, axes, shapes)
 
-    def measure(self, leaves: Leaves, groups: Groups) -> Blocks:
+    def measure(self, leaves: Leaves, groups: Groups, *, nan: bool = True) -> Blocks:
         """The norms, in float32 (float64 if a leaf of the tree is float64).
 
-        For `by="element"` the largest modulus of each leaf.
+        For `by="element"` the largest modulus of each leaf; with `nan` False NaN may be lost there.
         """
         order = math.inf if self.by == "element" else self.ord
         found = [explicit_sharding(x) for x in leaves.arrays]
@@ -134,17 +134,18 @@ class Norm:
             axes = tuple(map(axes_of, specs))
             # The types say which device holds what, so that one collective does where XLA, left to
             # itself, makes one a dimension that is split, and several more for units.
+            settings: dict[str, Any] = {
+                "order": order, "groups": groups, "axes": axes, "specs": specs, "nan": nan
+            }  # fmt: skip
             return jax.shard_map(
-                lambda arrays: _measured(
-                    arrays, order=order, groups=groups, axes=axes, specs=specs
-                ),
+                lambda arrays: _measured(arrays, **settings),
                 mesh=meshes[0],
                 in_specs=(list(specs),),
                 out_specs=P(),
                 axis_names=set(meshes[0].explicit_axes),
             )(leaves.arrays)
         axes = tuple(leaves.map(self._mesh_axes))
-        return _measured(leaves.arrays, order=order, groups=groups, axes=axes, specs=None)
+        return _measured(leaves.arrays, order=order, groups=groups, axes=axes, specs=None, nan=nan)
 
     def _labels_of(self, leaves: Leaves) -> list[str]:
         if callable(self.labels):
@@ -184,6 +185,7 @@ def _measured(
     groups: Groups,
     axes: tuple[Axes, ...],
     specs: tuple[P, ...] | None,
+    nan: bool,
 ) -> Blocks:
     """Norms of leaves that are split over these mesh axes; `specs` say how, if known."""
     dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in arrays})
@@ -191,7 +193,7 @@ def _measured(
         return [jnp.zeros(len(groups.unit_shapes), dtype)]
     totals = functools.partial(_totals, arrays, groups, axes, specs, dtype)
     if order == math.inf:
-        return [Largest().norm(x, 1) for x in totals(Largest())]
+        return [Largest().norm(x, 1) for x in totals(Largest(nan))]
     sizes = [
         x.size * math.prod(lax.axis_size(axis) for axis in a)
         for x, a in zip(arrays, axes, strict=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._numerics import from_marked, marked, root, stacked
-from optaxclip.measure.platforms import Axes, modulus, power_sums, scales_of
+from optaxclip.measure.platforms import Axes, largest, modulus, power_sums, scales_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Sums:
 class Largest:
     """The norm of order infinity, [1, *kept]: infinity and NaN travel as the largest numbers."""
 
+    nan: bool = True
+    """Whether NaN has to be kept."""
     collective = staticmethod(lax.pmax)
     join = staticmethod(jnp.maximum)
     reduce = staticmethod(jnp.max)
@@ -64,12 +66,12 @@ class Largest:
 
     def whole(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
         """The same of whole arrays, [1, arrays]."""
-        return stacked([jnp.max(marked(modulus(x, dtype))) for x in arrays])[None]
+        return largest(arrays, dtype, self.nan)[None]
 
-    def norm(self, largest: jax.Array, count: Any) -> jax.Array:
+    def norm(self, found: jax.Array, count: Any) -> jax.Array:
         """The largest modulus."""
         del count
-        return from_marked(largest[0])
+        return from_marked(found[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._numerics import as_float32, maximum_of, once_compiled
+from optaxclip._numerics import as_float32, maximum_of, once_compiled, stacked
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.norms import Norm
 
@@ -195,7 +195,7 @@ def _most(pairs: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Arra
     first, second = ([maximum_of(x) for x in some] for some in zip(*pairs, strict=True))
     if len(pairs) == 1:
         return first[0], second[0]
-    return maximum_of(jnp.stack(first)), maximum_of(jnp.stack(second))
+    return maximum_of(stacked(first)), maximum_of(stacked(second))
 
 
 def _count_if(happened: jax.Array, counter: jax.Array) -> jax.Array:

@@ -216,7 +216,9 @@ def test_relearn_after_follows_a_longer_warm_up(value, usual, warmup, expected):
     "make",
     [
         lambda: optaxclip.clip_by_history(window=256),
-        lambda: optaxclip.skip_outliers(optax.identity(), window=256),
+        lambda: optaxclip.skip_outliers(
+            optax.identity(), optaxclip.thresholds.mean_plus_std(window=256)
+        ),
         lambda: optaxclip.zclip(warmup=50),
         lambda: optaxclip.adagc(warmup=200),
         lambda: optaxclip.spam_clip(warmup=50),

@@ -132,7 +132,9 @@ CLIPPERS = {
     "adagc": lambda **k: optaxclip.adagc(warmup=1, relearn_after=1, **k),
     "adaclip": lambda **k: optaxclip.adaclip(warmup=1, relearn_after=1, **k),
     "adaclip-published": lambda **k: optaxclip.adaclip(relearn_after=None, **k),
-    "guarded": lambda **k: optaxclip.skip_nonfinite(optaxclip.clip_by_global_norm(1.0, **k), **k),
+    "guarded": lambda **k: optaxclip.skip_nonfinite(
+        optaxclip.clip_by_global_norm(1.0, **k), norm=optaxclip.Norm(**k)
+    ),
 }
 
 
