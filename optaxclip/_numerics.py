@@ -19,7 +19,7 @@ def as_float32(x: jax.Array) -> jax.Array:
     """What is finite stays finite."""
     if x.dtype == jnp.float32:
         return x
-    largest = jnp.finfo(jnp.float32).max
+    largest = jnp.asarray(jnp.finfo(jnp.float32).max, x.dtype)
     return jnp.where(jnp.isfinite(x), jnp.minimum(x, largest), x).astype(jnp.float32)
 
 

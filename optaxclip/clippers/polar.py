@@ -56,7 +56,7 @@ def _hard(y: jax.Array, c: jax.Array, steps: int) -> jax.Array:
     O need not be orthogonal below c: there the maximum is 0 whatever H is.
     """
     (o,) = _orthogonal([y], c, steps)
-    excess = _symmetric(_mm(y, o.mT)) - c * jnp.eye(y.shape[1], dtype=y.dtype)
+    excess = _symmetric(_mm(y, o.mT)) - c * jnp.eye(y.shape[1], dtype=y.dtype)[None]
     sign = excess / jnp.maximum(1 - c, c)
     least = jnp.asarray(_GROWTH ** -max(steps - 4, 0), y.dtype)
     for _ in range(steps):
@@ -68,7 +68,9 @@ def _hard(y: jax.Array, c: jax.Array, steps: int) -> jax.Array:
 def _soft(y: jax.Array, c: jax.Array, steps: int) -> jax.Array:
     """`c` times the first part of the orthogonal factor of `[Y, c I]`."""
     length = jnp.hypot(1.0, c)
-    eye = jnp.broadcast_to(jnp.eye(y.shape[1], dtype=y.dtype), (len(y), y.shape[1], y.shape[1]))
+    eye = jnp.broadcast_to(
+        jnp.eye(y.shape[1], dtype=y.dtype)[None], (len(y), y.shape[1], y.shape[1])
+    )
     first, _ = _orthogonal([y / length, c / length * eye], c / length, steps)
     return c * first
 
@@ -91,7 +93,7 @@ def _scaling(least: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _step(gram: jax.Array, scale: jax.Array) -> jax.Array:
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     return scale / 2 * (3 * eye - jnp.square(scale) * gram)
 
 

@@ -188,7 +188,8 @@ def _measured(
     nan: bool,
 ) -> Blocks:
     """Norms of leaves that are split over these mesh axes; `specs` say how, if known."""
-    dtype = jnp.result_type(jnp.float32, *{accumulator(x.dtype) for x in arrays})
+    dtypes = {accumulator(x.dtype) for x in arrays}
+    dtype = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
     if not arrays:
         return [jnp.zeros(len(groups.unit_shapes), dtype)]
     totals = functools.partial(_totals, arrays, groups, axes, specs, dtype)

@@ -35,7 +35,7 @@ def cut(vector: jax.Array) -> list[jax.Array]:
     """
     count = len(vector)
     if count <= 1:
-        return [lax.index_in_dim(vector, 0, keepdims=False)] * count
+        return [x.reshape(()) for x in (vector,) if count]
 
     def plain(vector: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(lax.index_in_dim(vector, k, keepdims=False) for k in range(len(vector)))

@@ -248,7 +248,7 @@ def _median(ordered: jax.Array) -> jax.Array:
 
 def pick(rows: jax.Array, at: jax.Array) -> jax.Array:
     """Of each column the number at a place. By a sum: XLA fuses it, unlike a gather."""
-    place = jnp.arange(len(rows))[:, None]
+    place = jnp.arange(len(rows), dtype=at.dtype)[:, None]
     return jnp.sum(jnp.where(place == at[None], rows, 0.0), axis=0)
 
 

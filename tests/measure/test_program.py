@@ -77,3 +77,19 @@ def test_no_branch_and_no_sort(name):
     tx, tree = make(name), {"body": part, "head": part}
     jaxpr = jax.make_jaxpr(tx.update)(tree, tx.init(tree), tree).jaxpr
     assert primitives(jaxpr) & {"cond", "while", "sort", "top_k", "scan"} == set()
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_nothing_is_promoted(name):
+    """Leaves of three dtypes under the strictest settings of JAX: each keeps its own."""
+    kinds = {"kernel": np.float32, "bias": np.float64}
+    part = {k: np.ones(shape, kinds[k]) for k, shape in SHAPES.items()}
+    tree = {"body": part, "head": {k: x.astype(jax.numpy.bfloat16) for k, x in part.items()}}
+    tx = make(name)
+    strict = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
+    with jax.enable_x64(True), strict[0], strict[1]:
+        state = jax.eval_shape(tx.init, tree)
+        updates, after = jax.eval_shape(tx.update, tree, state, tree)
+    of = lambda tree: jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+    assert of(updates) == of(tree)
+    assert of(after) == of(state)
