@@ -124,7 +124,7 @@ def test_statistics_are_those_of_the_whole_batch(params, batch, mesh, by):
 
     updates, state = quick_jit(step)(*placed(mesh, FSDP, params, batch))
     alone, alone_state = quick_jit(step)(jax.tree.map(np.float32, params), np.float32(batch))
-    assert_near(updates, jax.tree.map(np.asarray, alone), tol=2e-6)
+    assert_near(updates, jax.tree.map(np.asarray, alone), tol=4e-6)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(alone_state), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
         assert x.sharding.is_fully_replicated
