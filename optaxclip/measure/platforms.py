@@ -152,8 +152,8 @@ def _terms(x: jax.Array, power: int, dtype: Any, scale: Any) -> jax.Array:
         return _terms(x.real, power, dtype, scale) + _terms(x.imag, power, dtype, scale)
     wide = x.astype(dtype)
     if scale is not None and scale != 1:
-        # Without the minimum XLA makes x^2 scale^2 of it, and scale^2 is infinite. It is beyond what
-        # is used of this scale, and such that the derivative, twice as much, is finite.
+        # Without the minimum XLA makes x^2 scale^2 of it, and scale^2 is infinite. The minimum is
+        # beyond what is used of this scale, and the derivative, twice as much, is finite.
         size = jnp.abs(wide) * jnp.asarray(scale, dtype)
         wide = jnp.minimum(size, jnp.asarray(float(jnp.finfo(dtype).max) ** 0.75, dtype))
     return jnp.square(wide)
