@@ -178,11 +178,15 @@ leaves of shape 1024x1024. Medians over interleaved rounds.
   uses the result; here one scalar is multiplied in. In bf16, and with SGD, the two take about the
   same on the largest leaves. What remains is reading the gradient once more: Adam reads or writes
   seven arrays of its size, and an eighth adds a seventh where memory is the limit, as it is here.
-* **`rms` and `agc`** look at each sum for overflow before they use it, so that a leaf is no longer
-  measured and updated in one go; Optax does not look. `agc` reads the parameters too. Why Lion in
-  float32 is faster with them than alone is not known.
-* **`value`** reads the gradient for its statistics, of which Optax has none.
+* **`rms`** looks whether a sum overflowed before it uses it, so that a leaf is no longer measured and
+  updated in one go; Optax does not look. `agc` takes its sums in float64, which a CPU stores on the
+  way, and reads the parameters too. Why Lion in float32 is faster with them than alone is not known.
+* **`value`** reads the gradient twice more for its statistics, of which Optax has none: for the
+  largest element, and for a sum that tells whether there is NaN.
 * **`spam`** reads and writes a state of the size of the parameters.
+
+These are figures of a CPU. What compilers make of the same steps on a TPU and an H100:
+[compiled](compiled_cost.md).
 
 This page is written by `benchmarks/step_overhead.py --markdown`.
 """
