@@ -173,17 +173,17 @@ leaves of shape 1024x1024. Medians over interleaved rounds.
 
 ## Where the time goes
 
-* **`global`**: with Adam and AdamW in float32, and large leaves, a step takes little more than half
-  as long as with Optax's. Optax divides inside a select, which XLA repeats in every kernel that
-  uses the result; here one scalar is multiplied in. In bf16, and with SGD, the two take about the
-  same on the largest leaves. What remains is reading the gradient once more: Adam reads or writes
+* **`global`**: with Adam in float32 and large leaves a step takes half as long as with Optax's, or
+  less. Optax divides inside a select, which XLA repeats in every kernel that uses the result; here
+  one scalar is multiplied in. What remains is reading the gradient once more: Adam reads or writes
   seven arrays of its size, and an eighth adds a seventh where memory is the limit, as it is here.
-* **`rms`** looks whether a sum overflowed before it uses it, so that a leaf is no longer measured and
+* **`rms`** looks whether a sum overflowed before it uses it, so that a leaf is not measured and
   updated in one go; Optax does not look. `agc` takes its sums in float64, which a CPU stores on the
-  way, and reads the parameters too. Why Lion in float32 is faster with them than alone is not known.
+  way, and reads the parameters too.
 * **`value`** reads the gradient twice more for its statistics, of which Optax has none: for the
   largest element, and for a sum that tells whether there is NaN.
-* **`spam`** reads and writes a state of the size of the parameters.
+* **`spam`** reads and writes a state of the size of the parameters, and its statistics divide each
+  element by its bound.
 
 These are figures of a CPU. What compilers make of the same steps on a TPU and an H100:
 [compiled](compiled_cost.md).
