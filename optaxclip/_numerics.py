@@ -86,9 +86,9 @@ def _largest_two(dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 def once_compiled(fun: Callable) -> Callable:
     """Compiled, for use outside jit: its keyword arguments are static, and hashable or it is not.
 
-    Primitive by primitive a step of a clipper outside jit took 20 times Optax's time. A traced
-    number among the settings, as `optax.inject_hyperparams` makes them, cannot be hashed: such a
-    call runs primitive by primitive.
+    Closures compile anew at each call outside jit, and primitive by primitive a step is slow. A
+    traced number among the settings, as `optax.inject_hyperparams` makes them, cannot be hashed:
+    such a call runs primitive by primitive.
     """
     compiled: dict[tuple[str, ...], Callable] = {}
 

@@ -57,7 +57,8 @@ class Norm:
     Guarantees:
       Terms are added in float32, in float64 if a leaf is float64, whatever the leaf dtype.
       A norm is finite exactly when each of its elements is: sums neither overflow nor vanish,
-      and a norm past the largest float is that float. Leaves are read once, without a branch.
+      and a norm past the largest float is that float. On accelerators leaves are read once,
+      without a branch.
       The derivative at zero is finite.
 
     Edge cases:

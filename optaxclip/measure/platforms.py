@@ -18,8 +18,8 @@ Axes = tuple[tuple[int, ...], ...]
 """For each leaf the axes to reduce, which stay with length one."""
 
 
-# A CPU compiles one kernel for all leaves that are alike, but for where their scalar lies.
 _AT_ONCE = 32
+"""How many scalars a CPU cuts from one part of a vector; see `cut`."""
 
 
 def cut(vector: jax.Array) -> list[jax.Array]:
@@ -105,7 +105,18 @@ def _again_where_needed(arrays: Sequence[jax.Array], power: int) -> jax.Array:
     totals = stacked([jnp.sum(_terms(x, power, jnp.float32, None)) for x in arrays])
     lost = jnp.any(jnp.isinf(totals) | (totals < 2.0**-60))
     again = functools.partial(_at_three_scales, arrays, None, power, jnp.dtype(jnp.float32))
-    return lax.cond(lost, again, lambda: jnp.stack([totals] * 3))
+
+    def as_they_are() -> jax.Array:
+        # On a mesh another device may have had to take its sums anew, and they are added up scale
+        # by scale. Where all are small, all devices take them anew.
+        _, low, _ = scales_of(jnp.float32)
+        scaled = totals
+        for _ in range(power):
+            # Without the minimum XLA makes one factor of two, and that is zero.
+            scaled = jnp.minimum(scaled * low, 2.0**64)
+        return jnp.stack([totals, scaled, totals])
+
+    return lax.cond(lost, again, as_they_are)
 
 
 def _in_float64(arrays: Sequence[jax.Array], axes: Axes | None, power: int) -> Any:

@@ -199,6 +199,16 @@ def test_bounds_of_elements_are_sharded_like_the_elements(mesh, grads, relearn_a
         assert updates["kernel"].sharding.is_equivalent_to(held["kernel"].sharding, 2)
 
 
+@pytest.mark.parametrize("ord", [2, "rms"])
+def test_one_device_may_overflow_where_the_others_do_not(mesh, ord):
+    """What devices add up goes together, whichever of them had to take it anew."""
+    x = np.full((8, 4), 0.4e19, np.float32)
+    x[:2] = 0.9e19  # the squares of the first device add up to 6.5e38, of the others to 1.3e38
+    norm = functools.partial(vector, optaxclip.Norm("global", ord))
+    sharded = jax.shard_map(norm, mesh=mesh, in_specs=(P(("data", "model")),), out_specs=P())
+    np.testing.assert_allclose(jit(sharded)(x), [exact([x], ord)], rtol=1e-6)
+
+
 def test_singular_values_need_whole_matrices(mesh, grads):
     tx = optaxclip.clip_singular_values(1.0)
 
