@@ -76,6 +76,12 @@ class _Operation:
     def operands(self) -> list[str]:
         return _NAMES.findall(self.rest.split("), ")[0])
 
+    @property
+    def constant(self) -> int | None:
+        """The whole number that it is."""
+        found = re.match(r"(\d+)\)", self.rest) if self.kind == "constant" else None
+        return int(found[1]) if found and self.type.startswith(("s32[]", "u32[]")) else None
+
     def called(self, attribute: str) -> list[str]:
         return re.findall(rf"{attribute}=%?([\w.-]+)", self.rest)
 
@@ -86,6 +92,16 @@ def read(text: str) -> Program:
     operations = [op for ops in computations.values() for op in ops]
     loops = [op for op in operations if op.kind == "while"]
 
+    def trips(op: _Operation) -> int | None:
+        """Of a loop: the compiler says, or its condition compares a counter with a constant."""
+        if known := _TRIPS.search(op.rest):
+            return int(known[1])
+        (condition,) = op.called("condition")
+        inside = computations[condition]
+        limits = [x.constant for x in inside if x.kind == "constant" and x.constant is not None]
+        compares = [x for x in inside if x.kind == "compare" and "direction=LT" in x.rest]
+        return limits[0] if len(limits) == len(compares) == 1 else None
+
     @functools.cache
     def work(name: str, pick: Callable) -> Work:
         ops = computations[name]
@@ -93,7 +109,7 @@ def read(text: str) -> Program:
         total = Work()
         for op in ops:
             total += _alone(op, types)
-            for times, called in _carried_out(op, lambda name: work(name, pick), pick):
+            for times, called in _carried_out(op, trips, lambda name: work(name, pick), pick):
                 total += called.times(times)
         return total
 
@@ -103,7 +119,7 @@ def read(text: str) -> Program:
         conditionals=sum(op.kind == "conditional" for op in operations),
         sorts=sum(_is_sort(op) for op in operations),
         loops=len(loops),
-        loops_of_unknown_trips=sum(not _TRIPS.search(op.rest) for op in loops),
+        loops_of_unknown_trips=sum(trips(op) is None for op in loops),
     )
 
 
@@ -154,13 +170,12 @@ def _alone(op: _Operation, ops: dict[str, _Operation]) -> Work:
 
 
 def _carried_out(
-    op: _Operation, work: Callable[[str], Work], pick: Callable
+    op: _Operation, trips: Callable, work: Callable[[str], Work], pick: Callable
 ) -> Iterator[tuple[int, Work]]:
     """What an operation calls, and how often. What a fusion calls is the fusion."""
     if op.kind == "while":
-        trips = _TRIPS.search(op.rest)
         for name in op.called("body") + op.called("condition"):
-            yield int(trips[1]) if trips else 1, work(name)
+            yield trips(op) or 1, work(name)
     elif op.kind == "conditional":
         names = [n for both in _BRANCHES.findall(op.rest) for n in _NAMES.findall("".join(both))]
         yield 1, functools.reduce(lambda a, b: a._by(pick, b), map(work, names))

@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jax.extend.core import primitives as primitives
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AxisType, NamedSharding
@@ -112,6 +112,11 @@ def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
 def live_jaxpr(jaxpr: Any) -> Any:
     """Without what no output needs, in loops and branches too."""
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+
+
+def evaluated_jaxpr(jaxpr: Any, constants: Sequence[Any], *args: Any) -> list[Any]:
+    """The outputs of a jaxpr for given values of its constants."""
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, list(constants)))(*args)
 
 
 def _body(equation: JaxprEqn) -> ClosedJaxpr:

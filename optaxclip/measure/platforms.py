@@ -4,7 +4,7 @@ Compilers' figures are for 25 leaves of 1024x1024 in front of Adam.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -184,3 +184,13 @@ def scales_of(dtype: Any) -> np.ndarray:
     """1, and two powers of two that bring the square of any finite number into range."""
     low, high = (-560, 540) if dtype == jnp.float64 else (-80, 64)
     return np.asarray([1.0, 2.0**low, 2.0**high], dtype)
+
+
+def in_turn(loop: Callable, written_out: Callable, *operands: jax.Array) -> jax.Array:
+    """The same sum over blocks as a loop, or as a program of so many parts that wait in turn.
+
+    A TPU's loop copies what it slices into a layout of its own: 262 MB for the logits of 4 x 1024
+    tokens and 32,000 words, of 741 MB that the gradient takes (compiled for a v5e). A CPU forgets
+    to wait, and holds all parts at once.
+    """
+    return lax.platform_dependent(*operands, tpu=written_out, default=loop)

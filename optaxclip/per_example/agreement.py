@@ -11,7 +11,7 @@ from optaxclip._leaves import Tree, path_name, place
 from optaxclip._numerics import root
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of
 from optaxclip.per_example.explicit_axes import on_automatic_axes
-from optaxclip.per_example.factored import factored, stacked
+from optaxclip.per_example.factored import factored, see, stacked
 from optaxclip.per_example.forms import zero_like
 from optaxclip.per_example.trees import materialize, sq_norms, weighted_sum
 
@@ -62,7 +62,7 @@ def check_per_example(
         few = [x[:examples] for x in call.batch]
         call = Call(call.fun, call.params, few, call.like_params)
         answers = []
-        for found in (factored(call), stacked(call)):
+        for found in (factored(call, see(call)), stacked(call)):
             grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, call.size))
             norms = root(sq_norms(grads))
             clipped = weighted_sum(grads, 1 / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))

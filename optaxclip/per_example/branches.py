@@ -19,7 +19,7 @@ from optaxclip._compat import JaxprEqn
 from optaxclip.per_example.forms import over_examples
 from optaxclip.per_example.program import Block, Found, Users, Values, evaluate_once, merge, reach
 from optaxclip.per_example.uses import users
-from optaxclip.per_example.walk import body_forms, run, zero_taps
+from optaxclip.per_example.walk import Watch, body_forms, run, zero_taps
 
 if TYPE_CHECKING:
     from optaxclip.per_example.flatten import Builder
@@ -36,18 +36,18 @@ class Branches:
     outputs: tuple[int, ...]
     avals: tuple[Any, ...]
 
-    def taps(self) -> Any:
+    def taps(self, watch: Watch) -> Any:
         """Those of every branch."""
-        return [zero_taps(branch) for branch in self.branches]
+        return [zero_taps(branch, watch) for branch in self.branches]
 
-    def run(self, values: Values, taps: Any) -> Any:
+    def run(self, values: Values, taps: Any, watch: Watch) -> Any:
         """The branch that is chosen."""
 
         def branch(k: int) -> Callable[[Any], Any]:
             def body(taps: Any) -> tuple[list[Any], Any]:
                 local = dict(values)
                 evaluate_once(self.branches[k], local)
-                outputs, records = run(self.branches[k], local, taps[k])
+                outputs, records = run(self.branches[k], local, taps[k], watch)
                 typed = [jnp.asarray(x, a.dtype) for x, a in zip(outputs, self.avals, strict=True)]
                 return typed, records
 

@@ -9,7 +9,7 @@ import jax
 from optaxclip._compat import JaxprEqn, remat_jaxpr
 from optaxclip.per_example.program import Block, Found, Users, Values, reach
 from optaxclip.per_example.uses import users
-from optaxclip.per_example.walk import Records, Taps, find_forms, run, zero_taps
+from optaxclip.per_example.walk import Records, Taps, Watch, find_forms, run, zero_taps
 
 if TYPE_CHECKING:
     from optaxclip.per_example.flatten import Builder
@@ -23,15 +23,15 @@ class Checkpoint:
     policy: Callable[..., bool] | None
     prevent_cse: bool
 
-    def taps(self) -> Any:
+    def taps(self, watch: Watch) -> Any:
         """Those of the body."""
-        return zero_taps(self.body)
+        return zero_taps(self.body, watch)
 
-    def run(self, values: Values, taps: Any) -> Any:
+    def run(self, values: Values, taps: Any, watch: Watch) -> Any:
         """The body, to be evaluated again on the way back."""
 
         def body(taps: Taps) -> tuple[list[Any], Records]:
-            return run(self.body, dict(values), taps)
+            return run(self.body, dict(values), taps, watch)
 
         rerun = jax.checkpoint(body, policy=self.policy, prevent_cse=self.prevent_cse)
         outputs, records = rerun(taps)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Tree
@@ -106,7 +107,8 @@ def clipped_grad(
       argnums: which arguments to differentiate.
       has_aux: whether `fun` returns `(loss, aux)`.
       l2_clip_norm: C >= 0, a number or a traced scalar, or a tree prefix of the gradient with
-        such entries: each bounds the norm of what is below it.
+        such entries: each bounds the norm of what is below it. For one leaf also an array of
+        numbers, one for each slice along its first axis: layers stacked for a scan.
       rescale_to_unit_norm: whether to divide clipped gradients by C, so that C and the learning
         rate are apart. With C = 0 gradients are then of norm 1; with infinity, zero.
       normalize_by: what the sum is divided by, > 0: the expected batch size, for example.
@@ -157,7 +159,7 @@ def clipped_grad(
       Norms are as in `clip_per_example`: in float32 they end at 1e19, and beyond an example
       counts as not finite. A negative C in an array counts as 0. Micro-batches of nothing but
       padding are not computed, and their values, norms and aux are zero. `"two_pass"` adds up a
-      micro-batch in the dtype of the parameters, and takes a backward pass per bound.
+      micro-batch in the dtype of the parameters.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -293,11 +295,16 @@ def _divided(x: jax.Array, by: Any) -> jax.Array:
 
 
 def _norm_bound(l2_clip_norm: Any, to_unit_norm: bool) -> Any:
-    bounds = jax.tree.leaves(l2_clip_norm)
-    bounds = [1.0] * len(bounds) if to_unit_norm else bounds
-    if len(bounds) == 1:
+    """The root of the sum of the squared bounds, of slices too."""
+    bounds: list[Any] = []
+    for c in jax.tree.leaves(l2_clip_norm):
+        bounds += [*map(float, c)] if isinstance(c, np.ndarray) and c.ndim == 1 else [c]
+    if to_unit_norm:
+        count = sum(math.prod(np.shape(c)) for c in bounds)
+        return math.sqrt(count) if count != 1 else 1.0
+    if len(bounds) == 1 and jnp.ndim(bounds[0]) == 0:
         (c,) = bounds
         return c if isinstance(c, numbers.Real) else jnp.maximum(c, 0.0)
     if all(isinstance(c, numbers.Real) for c in bounds):
         return math.hypot(*bounds)
-    return jnp.sqrt(sum(jnp.square(jnp.maximum(c, 0.0)) for c in bounds))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.maximum(c, 0.0))) for c in bounds))

@@ -1,23 +1,23 @@
 """The sum of clipped per-example gradients of one call, in micro-batches if asked."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip._compat import as_varying
-from optaxclip._leaves import Leaves, Tree
-from optaxclip._numerics import accumulator, root
+from optaxclip._leaves import Leaves, Tree, place
+from optaxclip._numerics import root
 from optaxclip.per_example.arguments import Call
-from optaxclip.per_example.costs import Costs, Method
-from optaxclip.per_example.forms import Form, zero_like
+from optaxclip.per_example.choice import Choice, choose, in_parts
+from optaxclip.per_example.costs import Method
+from optaxclip.per_example.factored import see, stacked
+from optaxclip.per_example.forms import zero_like
 from optaxclip.per_example.incoming import Incoming, total
-from optaxclip.per_example.microbatches import accumulated
-from optaxclip.per_example.schedules import best_microbatch_size, scheduled, second_pass
-from optaxclip.per_example.trees import cast, masked, materialize, sq_norms
+from optaxclip.per_example.trees import materialize
+from optaxclip.per_example.weighed import Weighed, Weighing, from_forms, weighed
 from optaxclip.responses import Rescale
 
 
@@ -38,7 +38,8 @@ class Clipping:
     """How the gradient of an example is clipped, and how the sum is taken."""
 
     bounds: Tree
-    """A tree prefix of the gradients: each bounds the norm of what is below it."""
+    """A tree prefix of the gradients: each bounds the norm of what is below it; one of several
+    numbers those of the slices of a leaf."""
     to_unit_norm: bool
     transform: Callable[[Tree], Tree] | None
     nan_safe: bool
@@ -47,98 +48,96 @@ class Clipping:
 
     def of_batch(self, call: Call, padding: jax.Array | None, size: int | None) -> Clipped:
         """The clipped sum, from micro-batches of `size` examples; `padding` [B] counts as zero."""
-        likes: list[Tree] = []  # what a gradient is like, known once a part has been traced
-        seen: list[Costs] = []
-        whole = functools.partial(self._of_part, call, likes, seen)
-        run = jax.jit(whole)  # traced once a size
-        free = self.transform is None and call.spmd_axis_name is None
-        if size is None and self.method == "auto" and free:
+        if self.transform is None:
+            part, like, chosen = self._plain(call, size)
+        else:
+            part, like = self._transformed(call, self.transform)
+            chosen = Choice("vmap", size)
+        if chosen.size is not None and padding is not None:
+            part = _unless_padding(part)
+        sums, found = in_parts(part, (call.batch, padding), call.size, chosen)
+        return found._replace(sums=self._as_asked(sums, like))
 
-            def of_some(batch: list[jax.Array]) -> Clipped:
-                return run(batch, None if padding is None else padding[: len(batch[0])])
+    def _plain(self, call: Call, size: int | None) -> tuple[Callable, Tree, Choice]:
+        """What one part gives, the tree that its sums are like, and the schedule."""
+        seen = see(call)
+        like = call.like_params(list(map(_type, call.params)), _type_of_zero)
+        numbers = call.like_params([*range(len(call.params))], lambda leaf: -1)
+        leaves, numbers = jax.tree.leaves(like), jax.tree.leaves(numbers)
+        groups, bounds = self._groups(like)
+        of_param = [groups[numbers.index(k)] for k in range(len(call.params))]
+        wanted: Any = "auto" if size is None and call.spmd_axis_name is None else size
+        chosen = choose(call, seen, of_param, self.method, wanted)
 
-            size = best_microbatch_size(call, of_some, seen)
-        if size is None:
-            part = whole(call.batch, padding)
-            return part._replace(sums=self._as_asked(part.sums, likes[0]))
-
-        def some(inputs: tuple[list[jax.Array], Any]) -> tuple[Tree, Clipped]:
+        def part(inputs: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Clipped]:
             batch, padding = inputs
-            if padding is None:
-                part = run(batch, padding)
-            else:  # nothing is computed for a micro-batch of padding alone
-                shapes = jax.eval_shape(run, batch, padding)
+            some = dataclasses.replace(call, batch=batch)
+            found = weighed(some, seen, chosen.method, self._how(of_param, bounds, padding))
+            zeros = [zero_like(x, 1).weighted_sum(jnp.zeros(1)) for x in leaves]
+            sums = [zeros[i] if k < 0 else found.sums[k] for i, k in enumerate(numbers)]
+            return sums, Clipped((), found.losses, _norms(found, some.size), found.aux)
 
-                def alike(part: Clipped) -> Clipped:
-                    leaves, structure = jax.tree.flatten(part)
-                    return jax.tree.unflatten(structure, as_varying(leaves, [*batch, padding]))
+        return part, like, chosen
 
-                part = jax.lax.cond(
-                    jnp.all(padding),
-                    lambda: alike(jax.tree.map(_zeros, shapes)),
-                    lambda: alike(run(batch, padding)),
-                )
-            return part.sums, part._replace(sums=())
+    def _transformed(self, call: Call, transform: Callable) -> tuple[Callable, Tree]:
+        """The same from stacked gradients that go through a function first."""
 
-        sums, parts = accumulated(some, (call.batch, padding), size)
-        return parts._replace(sums=self._as_asked(sums, likes[0]))
+        def gradients(batch: list[jax.Array]) -> tuple[Any, Tree]:
+            some = dataclasses.replace(call, batch=batch)
+            found = stacked(some)
+            grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, some.size))
+            return found, grads
 
-    def _of_part(
-        self,
-        call: Call,
-        likes: list[Tree],
-        seen: list[Costs],
-        batch: list[jax.Array],
-        padding: jax.Array | None,
-    ) -> Clipped:
-        """The sum over some examples, in a dtype that is wide enough to go on adding."""
-        call = dataclasses.replace(call, batch=batch)
-        method = self.method if self.transform is None else "vmap"
-        chosen, found = scheduled(call, method, seen)
-        grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, call.size))
-        grad_norms = root(sq_norms(grads))
-        if self.transform is not None:
-            grads = jax.vmap(self.transform)(materialize(grads))
-        incoming = Incoming.of(grads)
-        likes.append(incoming.like)
-        leaves = Leaves.of(incoming.like)
-        groups, bounds = self._groups(leaves)
+        def part(inputs: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Clipped]:
+            batch, padding = inputs
+            found, grads = gradients(batch)
+            moved = Incoming.of(jax.vmap(transform)(materialize(grads)))
+            groups, bounds = self._groups(moved.like)
+            how = self._how(groups, bounds, padding)
+            moving = [i for i, group in enumerate(groups) if group >= 0]
+            before = total([form.sq_norm() for form in found.forms], moved.size)
+            after = found._replace(forms=[moved.forms[i] for i in moving])
+            how = dataclasses.replace(how, groups=[groups[i] for i in moving])
+            sums = moved.zeros()
+            for i, x in zip(moving, from_forms(after, how).sums, strict=True):
+                sums[i] = x
+            return sums, Clipped((), found.losses, root(before), found.aux)
 
-        squares = [
-            total([incoming.forms[i].sq_norm() for i in members], call.size) for members in groups
-        ]
-        norms = [root(x) for x in squares]
-        keep = jnp.ones(call.size, bool) if padding is None else ~padding
-        if self.nan_safe:
-            keep = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms), keep)
-        weights = [
-            jax.lax.stop_gradient(jnp.where(keep, self._factor(n, c), 0.0))
-            for n, c in zip(norms, bounds, strict=True)
-        ]
-        mask = None if padding is None and not self.nan_safe else keep
+        def like(batch: list[jax.Array]) -> Tree:
+            _, grads = gradients(batch)
+            return jax.vmap(transform)(materialize(grads))
 
-        sums = incoming.zeros()
-        for members, c in zip(groups, weights, strict=True):
-            again = None
-            if chosen == "two_pass":
-                again = jax.tree.leaves(second_pass(_without_dropped(call, mask), c))
-            for i in members:
-                dtype = self._wide(incoming.forms[i].dtype)
-                if again is None:
-                    sums[i] = _weighted_sum(incoming.forms[i], c, mask, dtype)
-                else:
-                    some = True if mask is None else jnp.any(mask)
-                    sums[i] = jnp.where(some, again[i].astype(dtype), 0)
-        return Clipped(incoming.update(sums), found.losses, grad_norms, found.aux)
+        types = jax.eval_shape(like, call.batch)
+        return part, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), types)
 
-    def _groups(self, leaves: Leaves) -> tuple[list[list[int]], list[Any]]:
-        """The positions of the leaves under each bound, and the bounds."""
+    def _how(self, groups: Sequence[int], bounds: list[Any], padding: jax.Array | None) -> Weighing:
+        """How the gradients of each group are weighed."""
+
+        def weights(group: int, squares: jax.Array, row: Any = None) -> jax.Array:
+            bound = bounds[group] if row is None else jnp.asarray(bounds[group])[row]
+            return self._factor(root(squares), bound)
+
+        rows = frozenset(g for g, bound in enumerate(bounds) if jnp.ndim(bound) == 1)
+        return Weighing(groups, weights, padding, self.nan_safe, self.dtype, rows)
+
+    def _groups(self, like: Tree) -> tuple[list[int], list[Any]]:
+        """The bound over each leaf, by number, -1 where nothing is bounded; and the bounds."""
+        leaves = Leaves.of(like)
         bounds, structure = jax.tree.flatten(self.bounds)
         numbered = jax.tree.unflatten(structure, range(len(bounds)))
-        groups: list[list[int]] = [[] for _ in bounds]
+        groups = [-1] * len(jax.tree.leaves(like))
         covering = leaves.from_prefix(numbered, "l2_clip_norm")
         for position, group in zip(leaves.positions, covering, strict=True):
-            groups[group].append(position)
+            groups[position] = group
+        for path, leaf, group in zip(leaves.paths, leaves.arrays, covering, strict=True):
+            shape = jnp.shape(bounds[group])
+            if shape and (shape != leaf.shape[:1] or covering.count(group) > 1):
+                raise ValueError(
+                    f"a bound in l2_clip_norm must be a number, or of one leaf one number for each"
+                    f" slice along its first axis, got shape {shape} for {place(path)} of shape"
+                    f" {tuple(leaf.shape)}. Pass a number, or an array of shape"
+                    f" {tuple(leaf.shape[:1])} for that leaf alone."
+                )
         return groups, bounds
 
     def _factor(self, norm: jax.Array, bound: Any) -> jax.Array:
@@ -151,34 +150,50 @@ class Clipping:
             factor = jnp.where(some, factor / jnp.where(some, c, 1.0), direction)
         return jnp.where(jnp.isfinite(norm), factor, 0.0)
 
-    def _wide(self, dtype: Any) -> Any:
-        return jnp.promote_types(accumulator(dtype), self.dtype or dtype)
-
-    def _as_asked(self, sums: Tree, like: Tree) -> Tree:
-        """In `dtype`, or in that of the gradients."""
-
-        def one(x: jax.Array, like: Any) -> jax.Array:
-            if not jnp.issubdtype(like.dtype, jnp.inexact):
-                return x
-            return x.astype(self.dtype or like.dtype)
-
-        return jax.tree.map(one, sums, like)
-
-
-def _weighted_sum(form: Form, weights: jax.Array, mask: jax.Array | None, dtype: Any) -> jax.Array:
-    """`sum_b c_b g_b` in a dtype, over the examples of the mask."""
-    if mask is not None:
-        form = masked(form, mask)
-    return cast(form, dtype).weighted_sum(weights)
+    def _as_asked(self, sums: list[jax.Array], like: Tree) -> Tree:
+        """A tree in `dtype`, or in the dtypes of the gradients."""
+        types, structure = jax.tree.flatten(like)
+        wanted = [
+            self.dtype or t.dtype if jnp.issubdtype(t.dtype, jnp.inexact) else x.dtype
+            for x, t in zip(sums, types, strict=True)
+        ]
+        return jax.tree.unflatten(
+            structure,
+            [x.astype(d) if x.dtype != d else x for x, d in zip(sums, wanted, strict=True)],
+        )
 
 
-def _without_dropped(call: Call, keep: jax.Array | None) -> Call:
-    """With a kept example in the place of each other one, which has weight 0: no 0 times NaN."""
-    if keep is None:
-        return call
-    places = jnp.where(keep, jnp.arange(call.size), jnp.argmax(keep))
-    return dataclasses.replace(call, batch=[x[places] for x in call.batch])
+def _norms(found: Weighed, size: int) -> jax.Array:
+    """`|g_b|` over all groups, [B]."""
+    by_group = found.squares.values()
+    return root(total([jnp.sum(x.reshape(size, -1), axis=1) for x in by_group], size))
 
 
-def _zeros(x: Any) -> jax.Array:
-    return jnp.zeros(x.shape, x.dtype)
+def _unless_padding(part: Callable) -> Callable:
+    """Zeros for a micro-batch of padding alone, without computing anything."""
+
+    def some(inputs: tuple[list[jax.Array], jax.Array]) -> Any:
+        batch, padding = inputs
+        run = jax.jit(part)  # traced once
+        shapes = jax.eval_shape(run, inputs)
+
+        def alike(found: Any) -> Any:
+            leaves, structure = jax.tree.flatten(found)
+            return jax.tree.unflatten(structure, as_varying(leaves, [*batch, padding]))
+
+        return jax.lax.cond(
+            jnp.all(padding),
+            lambda: alike(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)),
+            lambda: alike(run(inputs)),
+        )
+
+    return some
+
+
+def _type(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _type_of_zero(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Of the gradient of a leaf that does not move."""
+    return jax.eval_shape(lambda: zero_like(leaf, 1).weighted_sum(jnp.zeros(1)))

@@ -17,9 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxclip._compat import explicit_sharding
 from optaxclip._numerics import accumulator
+from optaxclip.measure.platforms import in_turn
 
 # A sum whose intermediate is larger is taken block by block.
 _BLOCK_BYTES = 2**26
+# More blocks than this are a loop.
+_MOST_WRITTEN_OUT = 16
 
 
 def einsum(spec: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
@@ -78,14 +81,35 @@ def by_blocks(
     count = min(length, math.ceil((size + in_factors) * itemsize / limit))
     step = _step(length, length // count)
 
-    def block(start: Any) -> jax.Array:
-        return fun(*(lax.dynamic_slice_in_dim(x, start, step, axis) for x in factors))
+    def loop(*factors: jax.Array) -> jax.Array:
+        def block(start: Any) -> jax.Array:
+            return fun(*(lax.dynamic_slice_in_dim(x, start, step, axis) for x in factors))
 
-    total = jnp.sum(lax.map(block, step * jnp.arange(length // step)), axis=0)
-    full = length - length % step
-    if full < length:
-        rest = (lax.slice_in_dim(x, full, length, axis=axis) for x in factors)
-        total = total + fun(*rest)
+        total = jnp.sum(lax.map(block, step * jnp.arange(length // step)), axis=0)
+        full = length - length % step
+        if full < length:
+            rest = (lax.slice_in_dim(x, full, length, axis=axis) for x in factors)
+            total = total + fun(*rest)
+        return total
+
+    if length > _MOST_WRITTEN_OUT * step:
+        return loop(*factors)
+    return in_turn(loop, functools.partial(_one_by_one, fun, axis, step), *factors)
+
+
+def _one_by_one(
+    fun: Callable[..., jax.Array], axis: int, step: int, *factors: jax.Array
+) -> jax.Array:
+    """The same as a program of so many parts.
+
+    Each part waits for the one before it, or their intermediates would be there at once.
+    """
+    total: Any = None
+    for start in range(0, factors[0].shape[axis], step):
+        stop = min(start + step, factors[0].shape[axis])
+        part = fun(*(lax.slice_in_dim(x, start, stop, axis=axis) for x in factors))
+        total = part if total is None else total + part
+        total, factors = lax.optimization_barrier((total, factors))
     return total
 
 
@@ -134,11 +158,20 @@ def gram_and_size(
     return by_blocks(some, 2, 2 * b * k * t * left2.shape[2], left, right)
 
 
-def weigh(factor: jax.Array, weights: jax.Array) -> jax.Array:
-    """`weights[b] * factor[b]`, in the accumulator's dtype."""
+def weigh(factor: jax.Array, weights: jax.Array, narrow: Any = None) -> jax.Array:
+    """`weights[b] * factor[b]`, in the accumulator's dtype.
+
+    With `narrow`, a dtype, in that, rounded toward zero: to the nearest, a weighted gradient could
+    come out longer than its bound, by 0.4 % in bfloat16.
+    """
     dtype = jnp.promote_types(accumulator(factor.dtype), accumulator(weights.dtype))
     column = weights.astype(dtype).reshape(-1, *(1,) * (factor.ndim - 1))
-    return factor.astype(dtype) * column
+    wide = factor.astype(dtype) * column
+    if narrow is None or jnp.finfo(narrow).bits >= 32:
+        return wide
+    near = wide.astype(narrow)
+    beyond = jnp.abs(near.astype(dtype)) > jnp.abs(wide)
+    return jnp.where(beyond, jnp.nextafter(near, jnp.zeros_like(near)), near)
 
 
 def ranks(ids: jax.Array) -> jax.Array:

@@ -40,21 +40,34 @@ class Costs:
     """Held by a plain gradient between its forward and its backward pass."""
     norm_flops: int
     """Of the norms, from the forms."""
+    held_bytes: int = 0
+    """Held by two passes: the forms of what cannot be measured where it is used."""
 
     @property
     def method(self) -> Method:
         """The schedule to take: the faster, or if that holds too much, the one that holds less.
 
         A plain gradient's work is common to both. What one pass adds are the norms of the forms,
-        what stacking adds is moving B gradients. Two passes are never taken: the pass for the
-        norms holds the forms too, so they saved 14 % of the memory of a checkpointed, scanned
-        language model at most, and took 1.6 times as long.
+        what stacking adds is moving B gradients.
         """
         held: dict[Method, int] = {"one_pass": self.factor_bytes, "vmap": self.stacked_bytes}
         moving = _TRAVELS * _FLOPS_PER_BYTE * self.stacked_bytes
         faster: Method = "vmap" if moving < self.norm_flops else "one_pass"
-        plain = self.parameter_bytes + self.residual_bytes
-        return min(held, key=held.__getitem__) if held[faster] > _TOO_MUCH * plain else faster
+        return min(held, key=held.__getitem__) if held[faster] > self._most else faster
+
+    @property
+    def whole(self) -> Method:
+        """The schedule for a batch that is not to be cut.
+
+        Two passes go back twice: 1.8 times the cycles of a plain gradient, by the TPU compiler, of
+        a language model. So they are taken where all else holds too much.
+        """
+        held = self.factor_bytes if self.method == "one_pass" else self.stacked_bytes
+        return "two_pass" if held > self._most and self.held_bytes < held else self.method
+
+    @property
+    def _most(self) -> int:
+        return _TOO_MUCH * (self.parameter_bytes + self.residual_bytes)
 
     def parts(self, times: int = 1) -> int:
         """Into how many micro-batches to cut a batch of `times` as many examples.
@@ -74,8 +87,11 @@ class Costs:
         return max(2, math.ceil(held / max(plain, 1)))
 
 
-def costs_of(call: Call, forms: Sequence[Form]) -> Costs:
-    """Costs of a call whose per-example gradients are `forms` (shapes will do)."""
+def costs_of(call: Call, forms: Sequence[Form], held: Sequence[Form] = ()) -> Costs:
+    """Costs of a call whose per-example gradients are `forms` (shapes will do).
+
+    Two passes hold those in `held`.
+    """
     parameter_bytes = bytes_of(call.params)
     return Costs(
         parameter_bytes=parameter_bytes,
@@ -83,6 +99,7 @@ def costs_of(call: Call, forms: Sequence[Form]) -> Costs:
         stacked_bytes=call.size * parameter_bytes,
         residual_bytes=bytes_of(jax.eval_shape(_pullback(call), call.params, call.batch)),
         norm_flops=_norm_flops(forms),
+        held_bytes=bytes_of(list(held)),
     )
 
 

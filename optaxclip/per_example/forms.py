@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._numerics import accumulator
-from optaxclip.per_example.cancellation import Terms, settled
+from optaxclip.per_example.cancellation import Terms, bounded, settled
 from optaxclip.per_example.contractions import (
     by_blocks,
     by_examples,
@@ -30,6 +30,10 @@ from optaxclip.per_example.layout import Layout
 
 # Of a block where terms cancel: the branch is not taken in an ordinary batch.
 _RARE_BYTES = 2**20
+
+
+# Gradients are kept, to be summed, if they take so many times the memory of their factors.
+_MOST_INSTANTIATED = 1.25
 
 
 class Form(Protocol):
@@ -179,11 +183,13 @@ class Outer:
     def _weighted(self, weights: jax.Array) -> jax.Array:
         """The weighted sum as [K, I, O]."""
         left, right = self.left, self.right
-        # Weigh the smaller factor.
+        # Weigh the smaller factor; by default 16 bits stay 16, or the other one would be copied
+        # in 32: 0.5 GB on a chip for the logits of 4 x 1024 tokens and 32,000 words.
+        narrow = left.dtype if left.dtype == right.dtype and self.precision is None else None
         if left.size < right.size:
-            left = weigh(left, weights)
+            left = weigh(left, weights, narrow)
         else:
-            right = weigh(right, weights)
+            right = weigh(right, weights, narrow)
         k, i, o = self.layout.sizes
         if k == 1:  # an ordinary matrix product is faster than a batch of one
             rows = left.shape[0] * left.shape[2]
@@ -418,6 +424,16 @@ def scale(form: Form, factor: jax.Array | float) -> Form:
     return dataclasses.replace(factored, right=right)
 
 
+def instantiated(form: Form) -> Form:
+    """The gradients themselves, where the norm needs them anyway and they are no larger."""
+    if not isinstance(form, Outer) or form.norm_method != "instantiate":
+        return form
+    wide: Any = _wide(form)
+    held = sum(x.size * x.dtype.itemsize for x in (form.left, form.right))
+    size = form.left.shape[0] * math.prod(form.shape) * jnp.dtype(wide.dtype).itemsize
+    return Dense(wide.materialize()) if size <= _MOST_INSTANTIATED * held else form
+
+
 def zero_like(parameter: Any, count: int) -> Form:
     """The zero gradient of a parameter, for `count` examples: no terms.
 
@@ -504,6 +520,14 @@ def measured(form: "Outer | Gathered | Sum") -> jax.Array:
     precisions = {getattr(x, "precision", None) for x in terms(form)}
     rounded = precisions != {(lax.Precision.HIGHEST,) * 2}
     return settled(found, math.prod(form.shape), lambda: _anew(form), rounded=rounded)
+
+
+def at_most(form: Form) -> jax.Array:
+    """`|g_b|^2`, or where the terms cancel that it is added up from, no less than that."""
+    found = terms_of_norm(form)
+    if found.size is found.total:
+        return found.total
+    return bounded(found, math.prod(form.shape))
 
 
 def _anew(form: Any) -> jax.Array:

@@ -11,7 +11,7 @@ from optaxclip._numerics import root
 from optaxclip.per_example import rules as rules
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
 from optaxclip.per_example.explicit_axes import on_automatic_axes
-from optaxclip.per_example.factored import factored
+from optaxclip.per_example.factored import factored, see
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.forms import Form, zero_like
 from optaxclip.per_example.trees import sq_norms
@@ -182,7 +182,8 @@ def evaluate(call: Call, options: Options, strict: bool = False) -> tuple[jax.Ar
     def grads_of(forms: list[Form]) -> Tree:
         return call.like_params(forms, lambda leaf: zero_like(leaf, call.size))
 
+    seen = see(call)
     if strict:  # by shapes alone, before anything is stacked
-        refuse_fallbacks(jax.eval_shape(lambda: grads_of(factored(call).forms)))
-    found = factored(call)
+        refuse_fallbacks(jax.eval_shape(lambda: grads_of(factored(call, seen).forms)))
+    found = factored(call, seen)
     return found.losses, unbatched_aux(found.aux, options), grads_of(found.forms)

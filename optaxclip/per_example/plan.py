@@ -8,15 +8,15 @@ import jax
 
 from optaxclip._leaves import path_name, place
 from optaxclip.per_example.arguments import Argnums, Options, call_of
+from optaxclip.per_example.choice import estimated
 from optaxclip.per_example.costs import (
     Costs,
     bytes_of,
-    costs_of,
     norm_flops,
     plain_flops,
     sum_flops,
 )
-from optaxclip.per_example.factored import factored
+from optaxclip.per_example.factored import factored, see
 from optaxclip.per_example.fallbacks import reason
 from optaxclip.per_example.forms import Form, is_form, terms, zero_like
 from optaxclip.per_example.table import amount, note, table
@@ -162,7 +162,8 @@ def explain(
 
 def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
     call = call_of(fun, options, args, kwargs)
-    found = factored(call)
+    seen = see(call)
+    found = factored(call, seen)
     grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, call.size))
     uses = jax.tree.leaves(call.like_params(found.uses, lambda leaf: 0))
     leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
@@ -170,7 +171,7 @@ def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
         _row(place(path_name(path)), form, count, call.size)
         for (path, form), count in zip(leaves, uses, strict=True)
     ]
-    return Plan(tuple(rows), costs_of(call, found.forms), plain_flops(call))
+    return Plan(tuple(rows), estimated(call, seen, [0] * len(call.params)), plain_flops(call))
 
 
 def _row(path: str, form: Form, uses: int, examples: int) -> Row:

@@ -6,14 +6,18 @@ program; a body refers to values of the blocks around it by their numbers.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any, Protocol
+
+from jax import lax
 
 from optaxclip._compat import JaxprEqn, bind
 from optaxclip.per_example.assumptions import is_differentiable, is_flat
 from optaxclip.per_example.forms import Form
 
 Values = dict[int, Any]
+STEP = -1
+"""Within the body of a scan, the number of its step."""
 Found = dict[int, list[Form]]
 
 
@@ -35,9 +39,11 @@ class Equation:
         avals: list[Any] = [v.aval for v in self.eqn.outvars]
         return tuple(k for k, a in enumerate(avals) if is_differentiable(a))
 
-    def evaluate(self, values: Values) -> tuple[Any, ...]:
-        """Add the outputs to `values`; the operands."""
-        operands = tuple(values[i] for i in self.inputs)
+    def evaluate(self, values: Values, stopped: Collection[int] = ()) -> tuple[Any, ...]:
+        """Add the outputs to `values`; the operands, of which some pass no gradient on."""
+        operands = tuple(
+            lax.stop_gradient(values[i]) if i in stopped else values[i] for i in self.inputs
+        )
         values.update(zip(self.outputs, bind(self.eqn, *operands), strict=True))
         return operands
 
@@ -48,12 +54,12 @@ Users = dict[int, set[Equation]]
 class ControlFlow(Protocol):
     """An equation with bodies in which active values meet the example."""
 
-    def taps(self) -> Any:
-        """Zeros to be added to the outputs of the uses within."""
+    def taps(self, watch: Any) -> Any:
+        """Zeros to be added to the outputs of the uses within that are not watched."""
         ...
 
-    def run(self, values: Values, taps: Any) -> Any:
-        """Add the outputs to `values`; the records of the uses within."""
+    def run(self, values: Values, taps: Any, watch: Any) -> Any:
+        """Add the outputs to `values`; the records of the uses within that are not watched."""
         ...
 
     def users(self) -> Users:

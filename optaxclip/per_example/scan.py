@@ -20,6 +20,7 @@ from optaxclip.per_example.checkpoint import Checkpoint
 from optaxclip.per_example.forms import Form, add
 from optaxclip.per_example.partial import known_outputs, which_known
 from optaxclip.per_example.program import (
+    STEP,
     Block,
     Equation,
     Found,
@@ -29,7 +30,7 @@ from optaxclip.per_example.program import (
     reach,
 )
 from optaxclip.per_example.uses import users
-from optaxclip.per_example.walk import body_forms, run, zero_taps
+from optaxclip.per_example.walk import Watch, body_forms, run, zero_taps
 
 if TYPE_CHECKING:
     from optaxclip.per_example.flatten import Builder
@@ -53,27 +54,28 @@ class Scan:
     reverse: bool
     unroll: int | bool
 
-    def taps(self) -> Any:
+    def taps(self, watch: Watch) -> Any:
         """Those of the body, stacked."""
-        one = zero_taps(self.body)
+        one = zero_taps(self.body, watch)
         return jax.tree.map(lambda x: jnp.zeros((self.length, *x.shape), x.dtype), one)
 
-    def run(self, values: Values, taps: Any) -> Any:
+    def run(self, values: Values, taps: Any, watch: Watch) -> Any:
         """The loop itself."""
 
-        def step(carry: Any, given: tuple[Any, Any]) -> tuple[Any, Any]:
-            slices, taps = given
-            local = dict(values)
+        def step(carry: Any, given: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+            slices, taps, number = given
+            local = {**values, STEP: number}
             local.update(zip((*self.carries, *self.slices), (*carry, *slices), strict=True))
             evaluate_once(self.body, local)
-            outputs, records = run(self.body, local, taps)
+            outputs, records = run(self.body, local, taps, watch)
             split = len(self.carries)
             return self._typed(outputs[:split]), (outputs[split:], records)
 
         init = self._typed([values[i] for i in self.init])
         xs = [values[i] for i in self.xs]
+        number = jnp.arange(self.length) if watch.steps else None
         carry, (ys, records) = lax.scan(
-            step, init, (xs, taps), self.length, self.reverse, self.unroll
+            step, init, (xs, taps, number), self.length, self.reverse, self.unroll
         )
         values.update(zip(self.outputs, (*carry, *ys), strict=True))
         return records

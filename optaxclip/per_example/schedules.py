@@ -13,15 +13,15 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip._numerics import accumulator
-from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
-from optaxclip.per_example.costs import Costs, Method, costs_of, total_loss
+from optaxclip.per_example.arguments import Argnums, Options, call_of, unbatched_aux
+from optaxclip.per_example.choice import choose, in_parts
+from optaxclip.per_example.costs import Method
 from optaxclip.per_example.explicit_axes import on_automatic_axes
-from optaxclip.per_example.factored import Factored, factored, stacked
+from optaxclip.per_example.factored import factored, see
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.forms import zero_like
-from optaxclip.per_example.microbatches import accumulated, check_divides
-from optaxclip.per_example.trees import cast, sq_norms, weighted_sum
+from optaxclip.per_example.microbatches import check_divides
+from optaxclip.per_example.weighed import Weighing, weighed
 
 Weights = Callable[[jax.Array], jax.Array]
 
@@ -109,29 +109,28 @@ def reweighted_grad(
 
     def run(*args: Any, **kwargs: Any) -> Reweighted:
         call = call_of(fun, options, args, kwargs)
+        seen = see(call)
+        if strict and method != "vmap":
+            forms = jax.eval_shape(lambda: factored(call, seen).forms)
+            refuse_fallbacks(call.like_params(forms, lambda leaf: zero_like(leaf, call.size)))
 
-        seen: list[Costs] = []
+        def checked(group: int, squares: jax.Array) -> jax.Array:
+            found = weights(squares)
+            _check_weights(found, squares.size)
+            return found
+
+        how = Weighing([0] * len(call.params), checked)
+        check_divides(None if microbatch_size == "auto" else microbatch_size, call.size)
+        chosen = choose(call, seen, how.groups, method, microbatch_size)
 
         def part(batch: list[Any]) -> tuple[list[Any], Any]:
             some = dataclasses.replace(call, batch=batch)
-            chosen, (losses, aux, forms, *_) = scheduled(some, method, seen)
-            if strict and chosen != "vmap":
-                refuse_fallbacks(call.like_params(forms, lambda leaf: zero_like(leaf, some.size)))
-            squares = sq_norms(forms)
-            c = jax.lax.stop_gradient(weights(squares))
-            _check_weights(c, some.size)
-            if chosen == "two_pass":
-                return _second_sums(some, c), (losses, squares, c, aux)
-            wide = [cast(form, accumulator(form.dtype)) for form in forms]
-            return weighted_sum(wide, c), (losses, squares, c, aux)
+            found = weighed(some, seen, chosen.method, how)
+            none = jnp.zeros(some.size)
+            squares = found.squares.get(0, none)
+            return found.sums, (found.losses, squares, how.of(0, squares), found.aux)
 
-        once = jax.jit(part)  # traced once a size
-        size: Any = microbatch_size
-        if size == "auto":
-            size = best_microbatch_size(call, once, seen) if method == "auto" else None
-        check_divides(size, call.size)
-        run = part if size is None else functools.partial(accumulated, once, size=size)
-        sums, (losses, squares, c, aux) = run(call.batch)
+        sums, (losses, squares, c, aux) = in_parts(part, call.batch, call.size, chosen)
         sums = [x.astype(p.dtype) for x, p in zip(sums, call.params, strict=True)]
         total = call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(c))
         return Reweighted(total, losses, squares, c, unbatched_aux(aux, options))
@@ -143,55 +142,11 @@ def reweighted_grad(
     return reweighted
 
 
-def best_microbatch_size(call: Call, part: Callable, seen: list[Costs]) -> int | None:
-    """As many examples at a time as `Costs.parts` asks for, or a few less; None for all.
-
-    `part` takes a batch and appends to `seen` what it costs. It is tried on half of the batch,
-    the usual answer, so that it need not be traced again.
-    """
-    half = call.size // 2 if call.size % 2 == 0 else call.size
-    jax.eval_shape(part, [x[:half] for x in call.batch])
-    parts = seen[-1].parts(call.size // half)
-    sizes = [d for d in range(1, call.size + 1) if call.size % d == 0 and d * parts <= call.size]
-    if parts == 1 or not sizes or 4 * sizes[-1] * parts < call.size:
-        return None
-    return sizes[-1]
-
-
 def check_method(method: Any) -> None:
     """Raises unless `method` is one of the schedules, or "auto"."""
     known = ("auto", *get_args(Method))
     if method not in known:
         raise ValueError(f"unknown method, got {method!r}. Use one of {known}.")
-
-
-def scheduled(
-    call: Call, method: Method | Literal["auto"], seen: list[Costs]
-) -> tuple[Method, Factored]:
-    """The schedule to take and the gradients it works on.
-
-    What "auto" finds that it costs is appended to `seen`. A loss with a backward rule that may not
-    be linear is not scaled: one pass takes the place of two.
-    """
-    if method == "vmap":
-        return "vmap", stacked(call)
-    found = factored(call)
-    if method == "auto":
-        seen.append(costs_of(call, found.forms))
-        method = seen[-1].method
-    elif not found.linear:
-        method = "one_pass"
-    return method, stacked(call) if method == "vmap" else found
-
-
-def second_pass(call: Call, weights: jax.Array) -> Tree:
-    """The gradient of the reweighted loss."""
-    sums = _second_sums(call, weights)
-    return call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(weights))
-
-
-def _second_sums(call: Call, weights: jax.Array) -> list[jax.Array]:
-    return jax.grad(total_loss(call, weights))(call.params, call.batch)
 
 
 def _check_weights(weights: Any, size: int) -> None:

@@ -5,8 +5,9 @@ tap), and its operands that carry the example are recorded. A control-flow equat
 the taps and records of its bodies. Both walks nest as the blocks do.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 
@@ -24,34 +25,84 @@ from optaxclip.per_example.pullback import pull_back
 from optaxclip.per_example.registry import RuleContext, rule_of, stacked_vjp
 
 Taps = tuple[dict[int, Any], dict[int, Any]]
+Record = dict[int, Any]
+"""The operands of a use that depend on the example, by position."""
 Records = dict[int, Any]
 
 
-def zero_taps(block: Block) -> Taps:
+class Watch(Protocol):
+    """Uses whose gradients are measured as the cotangent arrives, so that no tap is needed."""
+
+    @property
+    def uses(self) -> Set[Equation]: ...
+
+    @property
+    def links(self) -> bool:
+        """Whether sums are wanted: parameters are differentiated, but through what is watched."""
+        ...
+
+    @property
+    def steps(self) -> bool:
+        """Whether the number of a scan's step is wanted."""
+        ...
+
+    def watched(
+        self, block: Block, number: int, uses: Sequence[tuple[Equation, Record]], values: Values
+    ) -> Any:
+        """A value whose cotangent will be seen, given what its uses recorded."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nothing:
+    """Nothing is watched: every use has a tap."""
+
+    uses: Set[Equation] = frozenset()
+    links: bool = False
+    steps: bool = False
+
+    def watched(self, block: Block, number: int, uses: Any, values: Values) -> Any:
+        return values[number]
+
+
+NOTHING: Watch = _Nothing()
+
+
+def zero_taps(block: Block, watch: Watch = NOTHING) -> Taps:
     """The taps by the number of their value; those of control flow by its place in the block."""
     avals: dict[int, Any] = {}
     for equation in block.each:
         if isinstance(equation, Equation):
             avals.update(zip(equation.outputs, (v.aval for v in equation.eqn.outvars), strict=True))
     uses = [e for e in block.each if isinstance(e, Equation) and block.is_use(e)]
+    uses = [e for e in uses if e not in watch.uses]
     tapped = {block.tapped[e.outputs[k]] for e in uses for k in e.differentiable}
     here = {n: jnp.zeros(avals[n].shape, avals[n].dtype) for n in tapped}
-    return here, {k: e.taps() for k, e in enumerate(block.each) if not isinstance(e, Equation)}
+    return here, {k: e.taps(watch) for k, e in enumerate(block.each) if not isinstance(e, Equation)}
 
 
-def run(block: Block, values: Values, taps: Taps) -> tuple[list[Any], Records]:
+def run(
+    block: Block, values: Values, taps: Taps, watch: Watch = NOTHING
+) -> tuple[list[Any], Records]:
     """The outputs for one example, and the records. `values` gains what is evaluated."""
     here, within = taps
     records: Records = {}
+    waiting: dict[int, list[tuple[Equation, Record]]] = {}
     for k, equation in enumerate(block.each):
         if not isinstance(equation, Equation):
-            records[k] = equation.run(values, within[k])
+            records[k] = equation.run(values, within[k], watch)
             continue
-        operands = equation.evaluate(values)
-        if block.is_use(equation):
-            records[k] = {p: operands[p] for p in equation.recorded}
+        operands = equation.evaluate(values, block.active if watch.links else ())
+        record = {p: operands[p] for p in equation.recorded}
+        if equation in watch.uses:
+            number = block.tapped[equation.outputs[equation.differentiable[0]]]
+            waiting.setdefault(number, []).append((equation, record))
+        elif block.is_use(equation):
+            records[k] = record
         for number in here.keys() & equation.outputs:
             values[number] += here[number]
+        for number in waiting.keys() & set(equation.outputs):
+            values[number] = watch.watched(block, number, waiting.pop(number), values)
     return [values[i] for i in block.outputs], records
 
 
@@ -68,9 +119,9 @@ def find_forms(
     for k, equation in enumerate(block.each):
         if not isinstance(equation, Equation):
             merge(found, equation.forms(values, records[k], within[k]).items())
-        elif block.is_use(equation):
+        elif k in records:
             arrived = [here[block.tapped[equation.outputs[p]]] for p in equation.differentiable]
-            forms = _forms(equation, values, records[k], arrived, block)
+            forms = forms_of_use(equation, values, records[k], arrived, block)
             merge(found, ((number, [form]) for number, form in forms))
     pull_back(block, values, found)
     return found
@@ -83,10 +134,10 @@ def body_forms(body: Block, values: Mapping[int, Any], records: Records, cotange
     return find_forms(body, local, records, cotangents)
 
 
-def _forms(
+def forms_of_use(
     equation: Equation,
     values: Mapping[int, Any],
-    record: dict[int, Any],
+    record: Record,
     cotangents: list[Any],
     block: Block,
 ) -> list[tuple[int, Form]]:

@@ -9,9 +9,8 @@ from tools.models import mlp, mlp_batch, mlp_params
 from tools.quick import quick_jit
 
 from optaxclip.per_example import explain, reweighted_grad
-from optaxclip.per_example.arguments import Options, call_of
+from optaxclip.per_example.choice import best_size
 from optaxclip.per_example.costs import Costs
-from optaxclip.per_example.schedules import best_microbatch_size
 
 METHODS = ["one_pass", "two_pass", "vmap", "auto"]
 every = pytest.mark.parametrize("method", METHODS)
@@ -168,13 +167,10 @@ def test_half_a_batch_asks_for_as_many_parts_as_the_whole():
 )
 def test_the_best_size_divides_the_batch(count, parts, size):
     class Asking:
-        def parts(self, times):
+        def parts(self):
             return parts
 
-    call = call_of(
-        mlp, Options(), (mlp_params(5, 3), (normal(0, count, 5), normal(1, count, 3))), {}
-    )
-    assert best_microbatch_size(call, lambda batch: batch, [Asking()]) == size
+    assert best_size(count, Asking()) == size
 
 
 def test_weights_are_checked():

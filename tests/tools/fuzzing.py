@@ -10,6 +10,7 @@ from tools import programs
 from tools.quick import quick_jit
 
 from optaxclip.per_example import (
+    clipped_value_and_grad,
     per_example_value_and_grad,
     reweighted_grad,
     sq_norms,
@@ -17,6 +18,7 @@ from optaxclip.per_example import (
 )
 
 METHODS = ("one_pass", "two_pass", "vmap")
+BY_LEAF = ("one_pass", "two_pass")
 
 
 def weights(squares: jax.Array) -> jax.Array:
@@ -36,10 +38,13 @@ def _refused(fun: Any, *args: Any) -> bool:
 def disagreements(seed: int, *, schedules: bool = False) -> list[str]:
     """What differs, in words; nothing where JAX itself refuses the program or finds no number.
 
-    `schedules`: one of the schedules of `reweighted_grad` is tried too, which one by the seed.
+    `schedules`: by one of the schedules, which one by the seed; of some seeds each leaf is weighed
+    by its own norm.
     """
     program = programs.program(seed)
     params, batch = programs.parameters(seed), programs.examples(seed)
+    method = (*METHODS, *BY_LEAF)[seed // 2 % 5]
+    by_leaf = schedules and seed // 2 % 5 >= len(METHODS)
 
     def expected(params: Any, batch: Any) -> Any:
         each = jax.vmap(jax.value_and_grad(program.loss), (None, 0))
@@ -48,7 +53,12 @@ def disagreements(seed: int, *, schedules: bool = False) -> list[str]:
             jnp.add, [jnp.sum(g.reshape(len(g), -1) ** 2, 1) for g in jax.tree.leaves(grads)]
         )
         c = weights(squares)
-        return losses, squares, jax.tree.map(lambda g: jnp.tensordot(c, g, 1), grads)
+
+        def of_leaf(g: jax.Array) -> jax.Array:
+            alone = weights(jnp.sum(g.reshape(len(g), -1) ** 2, 1))
+            return jnp.tensordot(alone if by_leaf else c, g, 1)
+
+        return losses, squares, jax.tree.map(of_leaf, grads)
 
     def found(params: Any, batch: Any) -> Any:
         losses, grads = per_example_value_and_grad(program.loss)(params, batch)
@@ -56,7 +66,17 @@ def disagreements(seed: int, *, schedules: bool = False) -> list[str]:
         return losses, squares, weighted_sum(grads, weights(squares))
 
     def scheduled(params: Any, batch: Any) -> Any:
-        method = METHODS[seed % len(METHODS)]
+        if by_leaf:
+            ones = jax.tree.map(lambda x: 1.0, params)
+            clip = clipped_value_and_grad(
+                program.loss, l2_clip_norm=ones, method=method, keep_batch_dim=False, has_aux=False
+            )
+            losses, grads = clip(params, batch)
+            return (
+                losses,
+                sq_norms(per_example_value_and_grad(program.loss)(params, batch)[1]),
+                grads,
+            )
         got = reweighted_grad(program.loss, weights, method=method)(params, batch)
         return got.values, got.sq_norms, got.grads
 

@@ -46,9 +46,19 @@ def _check_clipped(loss, params, batch, tol):
         norms = jnp.linalg.norm(jnp.concatenate(flat, axis=1), axis=1)
         bound = 0.8 * jnp.max(norms)
         weights = jnp.minimum(1, bound / norms)
-        expected = jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
+        whole = jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), grads)
         clip = clipped_grad(loss, l2_clip_norm=bound, keep_batch_dim=False, method="two_pass")
-        return clip(params, batch), expected
+
+        def alone(g):
+            n = jnp.linalg.norm(g.reshape(len(g), -1), axis=1)
+            n = jnp.where(n == 0, 1, n)
+            return jnp.tensordot(jnp.minimum(1, 0.1 * bound / n), g, 1)
+
+        bounds = jax.tree.map(lambda x: 0.1 * bound, params)
+        options = {"l2_clip_norm": bounds, "keep_batch_dim": False}
+        by_leaf = [clipped_grad(loss, method=m, **options) for m in ("one_pass", "two_pass")]
+        found = clip(params, batch), [fun(params, batch) for fun in by_leaf]
+        return found, (whole, [jax.tree.map(alone, grads)] * 2)
 
     close(*both(params, batch), tol)
 

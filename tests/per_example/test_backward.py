@@ -1,0 +1,151 @@
+"""Norms in the backward pass: what is measured where it is used, and that nothing else is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tools.agreement import close, normal, stacked_grads
+from tools.quick import quick_jit
+
+from optaxclip.per_example import clipped_grad
+from optaxclip.per_example.arguments import Options, call_of
+from optaxclip.per_example.factored import see
+from optaxclip.per_example.flops import flops
+
+
+def params():
+    return {
+        "embed": normal(0, 11, 8), "tied": normal(1, 11, 8), "w": normal(2, 8, 8),
+        "b": normal(3, 8), "layers": {"w": normal(4, 5, 8, 8) / 3, "b": normal(5, 5, 8)},
+        "recurrent": normal(6, 8, 8) / 3,
+    }  # fmt: skip
+
+
+def batch():
+    ids = np.arange(24).reshape(4, 6) % 11
+    return ids, normal(7, 4, 6, 11)
+
+
+def loss(p, example):
+    """Tied and untied tables, a dense layer, layers in a checkpointed scan, a recurrent weight."""
+    ids, targets = example
+    h = jnp.tanh((p["embed"][ids] + p["tied"][ids]) @ p["w"] + p["b"])
+
+    @jax.checkpoint
+    def layer(h, w):
+        return jnp.tanh(h @ w["w"] + w["b"]) + h, None
+
+    h, _ = jax.lax.scan(layer, h, p["layers"])
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["recurrent"]), None), h, None, length=3)
+    return jnp.sum((h @ p["tied"].T - targets) ** 2) / 100
+
+
+def seen():
+    return see(call_of(loss, Options(), (params(), batch()), {}))
+
+
+def test_what_is_used_once_has_a_spot():
+    """In the order of the leaves: b, embed, layers/b, layers/w, recurrent, tied, w."""
+    spots = seen().spots(range(7)).spots
+    assert {k: spot.depth for k, spot in spots.items()} == {0: 0, 1: 0, 2: 1, 3: 1, 6: 0}
+
+
+def test_weights_follow_at_a_spot_alone_where_all_of_the_group_is_there():
+    assert set(seen().alone(range(7)).spots) == {0, 1, 6}, "layers are seen slice by slice"
+    together = [0, 1, 2, 3, 4, 5, 0]  # b and w meet
+    assert set(seen().alone(together).spots) == {0, 1, 6}
+    apart = [0, 0, 2, 3, 4, 5, 6]  # b and embed do not
+    assert set(seen().alone(apart).spots) == {6}
+    assert set(seen().alone(range(7), rows={2, 3}).spots) == {0, 1, 2, 3, 6}
+
+
+def expected(bounds, keep=(1, 1, 1, 1)):
+    """Each leaf, or slice of one, clipped by its own norm; only the examples in `keep`."""
+
+    def one(c, g):
+        c = np.asarray(c)
+        norm = jnp.sqrt(jnp.sum(g * g, axis=tuple(range(1 + c.ndim, g.ndim)), keepdims=True))
+        c = c.reshape(1, *c.shape, *(1,) * (g.ndim - 1 - c.ndim))
+        return jnp.tensordot(jnp.asarray(keep, g.dtype), jnp.minimum(1, c / norm) * g, 1)
+
+    return jax.tree.map(one, bounds, stacked_grads(loss, params(), batch()))
+
+
+def by_leaf():
+    return jax.tree.map(lambda x: 0.05, params())
+
+
+def by_layer():
+    bounds = by_leaf()
+    bounds["layers"] = {"w": np.linspace(0.01, 0.1, 5), "b": np.linspace(0.1, 0.01, 5)}
+    return bounds
+
+
+@pytest.mark.parametrize("method", ["one_pass", "two_pass", "vmap"])
+@pytest.mark.parametrize("bounds", [by_leaf, by_layer])
+def test_bounds_by_leaf_and_by_layer(method, bounds):
+    """Traced bounds, too, which the rules in the loop must not close over."""
+
+    @quick_jit
+    def clipped(bounds, params, batch):
+        options = {"l2_clip_norm": bounds, "keep_batch_dim": False, "return_grad_norms": True}
+        return clipped_grad(loss, method=method, **options)(params, batch)
+
+    found, aux = clipped(bounds(), params(), batch())
+    close(found, expected(bounds()), 1e-12)
+    squares = [jnp.sum(g * g, range(1, g.ndim)) for g in
+               jax.tree.leaves(stacked_grads(loss, params(), batch()))]  # fmt: skip
+    close(aux.grad_norms, np.float32(jnp.sqrt(sum(squares))), 1e-6)  # they are given in float32
+
+
+@pytest.mark.parametrize("method", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("bounds", [by_leaf, by_layer, lambda: 1e9])
+def test_a_nan_example_counts_as_zero_and_spoils_nothing(method, bounds):
+    """Nothing is held that could be masked: the sums are taken again without it."""
+    ids, targets = batch()
+    targets = np.array(targets)
+    targets[2] = np.nan
+    grad = clipped_grad(loss, l2_clip_norm=bounds(), keep_batch_dim=False, method=method)
+    found = quick_jit(grad)(params(), (ids, targets))
+    limits = bounds() if isinstance(bounds(), dict) else jax.tree.map(lambda x: 1e9, params())
+    close(found, expected(limits, keep=(1, 1, 0, 1)), 1e-12)
+
+
+@pytest.mark.parametrize("method", ["one_pass", "two_pass"])
+def test_a_batch_of_nan_gives_zeros(method):
+    ids, targets = batch()
+    grad = clipped_grad(loss, l2_clip_norm=by_leaf(), keep_batch_dim=False, method=method)
+    found = quick_jit(grad)(params(), (ids, np.full_like(targets, np.nan)))
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(found))
+
+
+def mlp(p, x):
+    for w, b in p:
+        x = jnp.tanh(x @ w + b)
+    return jnp.sum(x)
+
+
+def test_bounds_by_leaf_take_one_pass():
+    """By operations: hardly more than a plain gradient; two passes took a gradient per bound."""
+    shapes = [(256, 256)] * 6
+    p = [(jax.ShapeDtypeStruct(s, jnp.float32), jax.ShapeDtypeStruct(s[1:], jnp.float32))
+         for s in shapes]  # fmt: skip
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    bounds = jax.tree.map(lambda _: 1.0, p)
+    options = {"l2_clip_norm": bounds, "keep_batch_dim": False, "nan_safe": False}
+    plain = flops(jax.grad(lambda p, x: jnp.sum(jax.vmap(mlp, (None, 0))(p, x))), p, x)
+    assert flops(clipped_grad(mlp, method="one_pass", **options), p, x) < 1.05 * plain
+    assert flops(clipped_grad(mlp, method="two_pass", **options), p, x) < 1.75 * plain
+
+
+def test_a_bound_for_each_slice_must_fit_its_leaf():
+    bounds = by_leaf()
+    bounds["layers"]["w"] = np.ones(4)
+    grad = clipped_grad(loss, l2_clip_norm=bounds, keep_batch_dim=False)
+    with pytest.raises(ValueError, match=r"one number for each slice .* layers/w .*\(5,\)"):
+        grad(params(), batch())
+
+
+def test_sensitivity_counts_each_slice():
+    bounds = {"w": np.array([3.0, 4.0]), "b": 12.0}
+    assert clipped_grad(loss, l2_clip_norm=bounds).sensitivity() == 13.0
