@@ -67,46 +67,39 @@ def clip_by(
 
     Args:
       norm: a `Norm`, or its `by`: `"global"`, `"leaf"`, `"unit"`, `"element"`.
-      threshold: a number >= 0, a scalar array (traced too), a schedule `count -> bound`, a
-        tree prefix of these (a dict by label for groups), a `Threshold`, or for elements an
-        `ElementThreshold` (statistics then count in bounds). In the units of the norm.
+      threshold: c >= 0, in the units of the norm: a number, a scalar array (traced too), a schedule
+        `count -> bound`, a tree prefix of these (a dict by label for groups), a `Threshold`, or for
+        elements an `ElementThreshold` (statistics then count in bounds).
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
-      nonfinite: what becomes of a group with NaN or infinite elements. `"propagate"`: as in
-        Optax, NaN stays NaN; an infinity turns the group's finite elements to 0 and itself
-        to NaN, but is clipped to the bound as a real element by itself under `"rescale"`.
-        `"zero"`: the group becomes zeros (for elements, just these elements). Either way the step
-        is counted. To drop the whole step use `skip_nonfinite`.
+      nonfinite: `"propagate"` or `"zero"`, see below. To drop the whole step use `skip_nonfinite`.
       stats: False leaves the statistics out, for elementwise clippers alone, where measuring
         costs a pass over the gradient; norms, factor and counters are then -1.
       name: how `clip_stats` calls this clipper.
 
     Returns:
-      A gradient transformation whose state is a `ClipState`. Updates keep structure,
-      shapes and dtypes.
+      A gradient transformation whose state is a `ClipState`. Structure, shapes and dtypes stay.
 
     Raises:
       ValueError: unknown parts; a bound that is negative or NaN; trees that do not match; inside
-        `jax.shard_map`, a gradient that varies over a mesh axis which its parameter, given as
-        `params`, does not vary over: it was not reduced over the batch.
+        `jax.shard_map`, a gradient that was not reduced over the batch.
       TypeError: a leaf that is no array; a bound that is no number.
 
-    Guarantees:
-      A group inside its bound comes out bit for bit (but XLA may flush subnormal numbers).
-      A rescaled group of float32 or wider has norm <= c (1 + 1e-6), one of 16 bits
-      c (1 + eps of its dtype), for norms up to 1e37 c. A bound of 0 gives zeros. The
-      derivative is finite, also at zero.
-
     Edge cases:
-      A traced bound below 0 counts as 0; a NaN bound makes the updates NaN. Integer, float0,
-      None, MaskedNode and empty leaves pass through uncounted.
+      | n <= c, `"rescale"` | bit for bit what came in (but XLA may flush subnormal numbers) |
+      | n > c, `"rescale"` | norm <= c (1 + 1e-6), in 16 bits c (1 + eps), for n up to 1e37 c |
+      | zero gradient | zero, and the derivative is finite |
+      | NaN, `"propagate"` | its group becomes NaN (by elements, it stays NaN) |
+      | infinity, `"propagate"` | its group becomes 0, itself NaN; a real element by itself, c |
+      | both, `"zero"` | the group becomes 0 (by elements, just these); the step counts |
+      | c = 0, c < 0 traced, c NaN | zeros, zeros, NaN |
+      | integer, float0, None, `MaskedNode`, empty leaves | pass through uncounted |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_by("leaf", 1.0, "sqrt", name="soft")
-      >>> grads = {"w": jnp.array([3.0, 4.0])}
-      >>> updates, state = tx.update(grads, tx.init(grads))
-      >>> print(updates["w"].round(4), optaxclip.clip_stats(state)["soft"].pre_clip_norm)
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> print(updates.round(4), optaxclip.clip_stats(state)["soft"].pre_clip_norm)
       [0.5883 0.7845] 5.0
     """
     measured = norm if isinstance(norm, Norm) else Norm(norm)
