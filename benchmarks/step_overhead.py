@@ -182,8 +182,8 @@ leaves of shape 1024x1024. Medians over interleaved rounds.
   way, and reads the parameters too.
 * **`value`** reads the gradient twice more for its statistics, of which Optax has none: for the
   largest element, and for a sum that tells whether there is NaN.
-* **`spam`** reads and writes a state of the size of the parameters, and its statistics divide each
-  element by its bound.
+* **`spam`** reads and writes a state of the size of the parameters, and its statistics read that
+  and the gradient once more.
 
 These are figures of a CPU. What compilers make of the same steps on a TPU and an H100:
 [compiled](compiled_cost.md).

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -148,14 +149,13 @@ def clip_by(
                 **settings,
             )
         else:
-            bounds = [jnp.maximum(x, 0.0) for x in found.arrays]
             in_bounds = norms
             if stats:
                 # Each element has its own unit here, so that statistics are in bounds.
-                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, bounds))
+                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, found))
                 in_bounds = measured.measure(ratios, groups, nan=False)
             clipped, new_stats = _clipped_one_by_one(
-                leaves.arrays, norms, bounds, in_bounds, state.stats, **settings
+                leaves.arrays, norms, found, in_bounds, state.stats, **settings
             )
         return leaves.replace(clipped), ClipState(state.name, new_stats, threshold_state)
 
@@ -242,7 +242,7 @@ def _clipped(
 def _clipped_one_by_one(
     arrays: list[jax.Array],
     norms: Blocks,
-    bounds: list[jax.Array],
+    found: ElementBounds,
     ratios: Blocks,
     stats: ClipStats,
     *,
@@ -252,6 +252,9 @@ def _clipped_one_by_one(
     recorded: bool,
 ) -> tuple[list[jax.Array], ClipStats]:
     """The leaves, each element within its own bound; statistics of the largest ratios."""
+    bounds = [jnp.maximum(x, 0.0) for x in found.arrays]
+    if found.scales is not None:
+        bounds = [x.astype(c.dtype) * c for x, c in zip(bounds, found.scales, strict=True)]
     by_leaf = zip(arrays, groups.by_leaf(norms), bounds, strict=True)
     clipped = [_clip_elements(x, n, c, response, nonfinite) for x, n, c in by_leaf]
     one = [jnp.ones(())]
@@ -308,14 +311,22 @@ def answered(
 
 
 @once_compiled
-def _in_bounds(arrays: list[jax.Array], bounds: list[jax.Array]) -> list[jax.Array]:
+def _in_bounds(arrays: list[jax.Array], found: ElementBounds) -> list[jax.Array]:
     """`x / bound`, with no `|x|` that XLA could share with the norm and would then store."""
 
-    def one(x: jax.Array, bound: jax.Array) -> jax.Array:
+    def one(x: jax.Array, bound: jax.Array, scale: jax.Array | None) -> jax.Array:
         wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
-        return times(wide, 1 / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))
+        if scale is None:
+            return times(wide, _inverse(bound))
+        # Not the bound itself, which XLA would store for this.
+        return times(wide, _inverse(scale)) / bound.astype(wide.dtype)
 
-    return [one(x, bound) for x, bound in zip(arrays, bounds, strict=True)]
+    scales: Sequence[jax.Array | None] = found.scales or [None] * len(arrays)
+    return [one(*of_leaf) for of_leaf in zip(arrays, found.arrays, scales, strict=True)]
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    return 1 / jnp.maximum(x, jnp.finfo(x.dtype).tiny)
 
 
 def _finite_where(norms: jax.Array, ratios: jax.Array) -> jax.Array:
