@@ -189,9 +189,10 @@ def _scaled(total: jax.Array, scales: np.ndarray) -> jax.Array:
 def largest(arrays: Sequence[jax.Array], dtype: Any, nan: bool) -> jax.Array:
     """The largest modulus of each array, as `marked`; `nan`: NaN where there is one.
 
-    A CPU takes the plain maximum, which it does by vectors, and a sum, which tells whether there is
-    NaN: 1.10x of a step of Adam for 1.34x with one maximum that keeps NaN, with 25 leaves of
-    1024x1024 (1.09x for 1.31x of 300 of 256x256).
+    A CPU takes the plain maximum, and a sum, which tells whether there is NaN. XLA has both from a
+    library, and its own loops for all else it reduces: `clip_by_value` takes 1.4x Adam, 2.3x with
+    one maximum that keeps NaN, 3.8x with one of the bits as integers, in whose order NaN is largest
+    (25 leaves of 1024x1024).
     """
 
     def by_maximum(*arrays: jax.Array) -> jax.Array:
