@@ -178,12 +178,12 @@ leaves of shape 1024x1024. Medians over interleaved rounds.
   one scalar is multiplied in. What remains is reading the gradient once more: Adam reads or writes
   seven arrays of its size, and an eighth adds a seventh where memory is the limit, as it is here.
 * **`rms`** looks whether a sum overflowed before it uses it, so that a leaf is not measured and
-  updated in one go; Optax does not look. `agc` takes its sums in float64, which a CPU stores on the
-  way, and reads the parameters too.
+  updated in one go; Optax does not look. `agc` reads the parameters too; its sums are in float32
+  first for leaves of 2^18 elements and more, and in float64 for smaller ones.
 * **`value`** reads the gradient twice more for its statistics, of which Optax has none: for the
   largest element, and for a sum that tells whether there is NaN.
-* **`spam`** reads and writes a state of the size of the parameters, and its statistics divide each
-  element by its bound.
+* **`spam`** reads and writes a state of the size of the parameters, and its statistics read that
+  and the gradient once more.
 
 These are figures of a CPU. What compilers make of the same steps on a TPU and an H100:
 [compiled](compiled_cost.md).

@@ -66,20 +66,38 @@ def _as_restructured_text(app, what, name, obj, options, lines):
     """Docstrings are written for the terminal: beyond backticks and bullets nothing is markup."""
     text = []
     in_example = in_source = False
-    for line in lines:
+    for line in _with_tables(lines):
         in_example = line.lstrip().startswith(">>>") or (in_example and bool(line.strip()))
         in_source = line.startswith("Source: ") or (in_source and bool(line.strip()))
         if line.startswith("Source: "):
             text.append("Source:")
             line = line.removeprefix("Source: ")
-        if not in_example:
+        if not in_example and not line.lstrip().startswith((".. list-table::", ":header-rows:")):
             line = _escaped(line)
         text.append(f"  {line}" if in_source else line)
     lines[:] = text
 
 
+def _with_tables(lines):
+    """Rows between pipes, with a head where the second is of dashes, as Sphinx has them."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith("|"):
+            yield line
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        if i == 0 or not lines[i - 1].lstrip().startswith("|"):
+            headed = i + 1 < len(lines) and lines[i + 1].lstrip().startswith("| ---")
+            yield from (f"{indent}.. list-table::", f"{indent}   :header-rows: {int(headed)}", "")
+        cells = [cell.strip() for cell in re.split(r"(?<!\S)\|(?!\S)", line)[1:-1]]
+        if set(cells[0]) != {"-"}:
+            yield f"{indent}   * - {cells[0]}".rstrip()
+            yield from (f"{indent}     - {cell}".rstrip() for cell in cells[1:])
+            if i + 1 == len(lines) or not lines[i + 1].lstrip().startswith("|"):
+                yield ""
+
+
 def _escaped(line):
-    bullet, text = re.fullmatch(r"(\s*(?:\* )?)(.*)", line).groups()
+    bullet, text = re.fullmatch(r"(\s*(?:\* - |\* |- )?)(.*)", line).groups()
     parts = text.split("`")
     parts[::2] = [re.sub(r"([|*\\]|_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
     # A letter may not follow a closing backtick but for an escaped space, which vanishes.

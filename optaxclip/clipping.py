@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -67,46 +68,39 @@ def clip_by(
 
     Args:
       norm: a `Norm`, or its `by`: `"global"`, `"leaf"`, `"unit"`, `"element"`.
-      threshold: a number >= 0, a scalar array (traced too), a schedule `count -> bound`, a
-        tree prefix of these (a dict by label for groups), a `Threshold`, or for elements an
-        `ElementThreshold` (statistics then count in bounds). In the units of the norm.
+      threshold: c >= 0, in the units of the norm: a number, a scalar array (traced too), a schedule
+        `count -> bound`, a tree prefix of these (a dict by label for groups), a `Threshold`, or for
+        elements an `ElementThreshold` (statistics then count in bounds).
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
-      nonfinite: what becomes of a group with NaN or infinite elements. `"propagate"`: as in
-        Optax, NaN stays NaN; an infinity turns the group's finite elements to 0 and itself
-        to NaN, but is clipped to the bound as a real element by itself under `"rescale"`.
-        `"zero"`: the group becomes zeros (for elements, just these elements). Either way the step
-        is counted. To drop the whole step use `skip_nonfinite`.
+      nonfinite: `"propagate"` or `"zero"`, see below. To drop the whole step use `skip_nonfinite`.
       stats: False leaves the statistics out, for elementwise clippers alone, where measuring
         costs a pass over the gradient; norms, factor and counters are then -1.
       name: how `clip_stats` calls this clipper.
 
     Returns:
-      A gradient transformation whose state is a `ClipState`. Updates keep structure,
-      shapes and dtypes.
+      A gradient transformation whose state is a `ClipState`. Structure, shapes and dtypes stay.
 
     Raises:
       ValueError: unknown parts; a bound that is negative or NaN; trees that do not match; inside
-        `jax.shard_map`, a gradient that varies over a mesh axis which its parameter, given as
-        `params`, does not vary over: it was not reduced over the batch.
+        `jax.shard_map`, a gradient that was not reduced over the batch.
       TypeError: a leaf that is no array; a bound that is no number.
 
-    Guarantees:
-      A group inside its bound comes out bit for bit (but XLA may flush subnormal numbers).
-      A rescaled group of float32 or wider has norm <= c (1 + 1e-6), one of 16 bits
-      c (1 + eps of its dtype), for norms up to 1e37 c. A bound of 0 gives zeros. The
-      derivative is finite, also at zero.
-
     Edge cases:
-      A traced bound below 0 counts as 0; a NaN bound makes the updates NaN. Integer, float0,
-      None, MaskedNode and empty leaves pass through uncounted.
+      | n <= c, `"rescale"` | bit for bit what came in (but XLA may flush subnormal numbers) |
+      | n > c, `"rescale"` | norm <= c (1 + 1e-6), in 16 bits c (1 + eps), for n up to 1e37 c |
+      | zero gradient | zero, and the derivative is finite |
+      | NaN, `"propagate"` | its group becomes NaN (by elements, it stays NaN) |
+      | infinity, `"propagate"` | its group becomes 0, itself NaN; a real element by itself, c |
+      | both, `"zero"` | the group becomes 0 (by elements, just these); the step counts |
+      | c = 0, c < 0 traced, c NaN | zeros, zeros, NaN |
+      | integer, float0, None, `MaskedNode`, empty leaves | pass through uncounted |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_by("leaf", 1.0, "sqrt", name="soft")
-      >>> grads = {"w": jnp.array([3.0, 4.0])}
-      >>> updates, state = tx.update(grads, tx.init(grads))
-      >>> print(updates["w"].round(4), optaxclip.clip_stats(state)["soft"].pre_clip_norm)
+      >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+      >>> print(updates.round(4), optaxclip.clip_stats(state)["soft"].pre_clip_norm)
       [0.5883 0.7845] 5.0
     """
     measured = norm if isinstance(norm, Norm) else Norm(norm)
@@ -155,14 +149,13 @@ def clip_by(
                 **settings,
             )
         else:
-            bounds = [jnp.maximum(x, 0.0) for x in found.arrays]
             in_bounds = norms
             if stats:
                 # Each element has its own unit here, so that statistics are in bounds.
-                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, bounds))
+                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, found))
                 in_bounds = measured.measure(ratios, groups, nan=False)
             clipped, new_stats = _clipped_one_by_one(
-                leaves.arrays, norms, bounds, in_bounds, state.stats, **settings
+                leaves.arrays, norms, found, in_bounds, state.stats, **settings
             )
         return leaves.replace(clipped), ClipState(state.name, new_stats, threshold_state)
 
@@ -249,7 +242,7 @@ def _clipped(
 def _clipped_one_by_one(
     arrays: list[jax.Array],
     norms: Blocks,
-    bounds: list[jax.Array],
+    found: ElementBounds,
     ratios: Blocks,
     stats: ClipStats,
     *,
@@ -259,6 +252,9 @@ def _clipped_one_by_one(
     recorded: bool,
 ) -> tuple[list[jax.Array], ClipStats]:
     """The leaves, each element within its own bound; statistics of the largest ratios."""
+    bounds = [jnp.maximum(x, 0.0) for x in found.arrays]
+    if found.scales is not None:
+        bounds = [x.astype(c.dtype) * c for x, c in zip(bounds, found.scales, strict=True)]
     by_leaf = zip(arrays, groups.by_leaf(norms), bounds, strict=True)
     clipped = [_clip_elements(x, n, c, response, nonfinite) for x, n, c in by_leaf]
     one = [jnp.ones(())]
@@ -315,14 +311,22 @@ def answered(
 
 
 @once_compiled
-def _in_bounds(arrays: list[jax.Array], bounds: list[jax.Array]) -> list[jax.Array]:
+def _in_bounds(arrays: list[jax.Array], found: ElementBounds) -> list[jax.Array]:
     """`x / bound`, with no `|x|` that XLA could share with the norm and would then store."""
 
-    def one(x: jax.Array, bound: jax.Array) -> jax.Array:
+    def one(x: jax.Array, bound: jax.Array, scale: jax.Array | None) -> jax.Array:
         wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
-        return times(wide, 1 / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))
+        if scale is None:
+            return times(wide, _inverse(bound))
+        # Not the bound itself, which XLA would store for this.
+        return times(wide, _inverse(scale)) / bound.astype(wide.dtype)
 
-    return [one(x, bound) for x, bound in zip(arrays, bounds, strict=True)]
+    scales: Sequence[jax.Array | None] = found.scales or [None] * len(arrays)
+    return [one(*of_leaf) for of_leaf in zip(arrays, found.arrays, scales, strict=True)]
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    return 1 / jnp.maximum(x, jnp.finfo(x.dtype).tiny)
 
 
 def _finite_where(norms: jax.Array, ratios: jax.Array) -> jax.Array:

@@ -146,6 +146,35 @@ def test_each_room_imports_only_rooms_below_it():
     assert upward == []
 
 
+@pytest.mark.parametrize(
+    "room", ["clippers", "wrappers", "thresholds", "measure", "selection", "robustness"]
+)
+def test_what_leaves_a_room_is_named_at_its_door(room):
+    """In `__init__`: imported there, or listed in its docstring, module by module."""
+    package = ROOT / "optaxclip"
+    door = ast.parse((package / room / "__init__.py").read_text())
+    listed = re.findall(r"^\* `(\w+)`:((?: .*(?:\n|$))+)", ast.get_docstring(door), re.MULTILINE)
+    named = {(module, name) for module, names in listed for name in re.findall(r"`(\w+)`", names)}
+    imported = names_from(room, door)
+    taken = set()
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).parts[0] != room:
+            taken |= names_from(room, ast.parse(path.read_text()))
+    of_the_door = {("", name) for _, name in imported}
+    assert taken - named - imported - of_the_door == set(), "name it in the docstring"
+    assert named - taken == set(), "no other room imports it"
+
+
+def names_from(room, tree):
+    """(module within the room, name) of what a program imports from it."""
+    return {
+        (node.module.removeprefix(f"optaxclip.{room}").removeprefix("."), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"optaxclip.{room}.")
+        for alias in node.names
+    }
+
+
 def test_one_version_and_one_date():
     changelog = re.search(r"## \[(\S+)\] - (\S+)", (ROOT / "CHANGELOG.md").read_text())
     citation = (ROOT / "CITATION.cff").read_text()

@@ -100,3 +100,10 @@ def test_docstring_names_every_argument(name):
 def test_docstring_begins_with_one_sentence():
     first = {name: docstring(name).split("\n")[0] for name in FUNCTIONS}
     assert [name for name, line in first.items() if len(line) > 100 or line[-1:] not in ".,:"] == []
+
+
+def test_docstrings_fit_on_a_screen():
+    """Of what a training script needs: help() shows all of it at once, on a laptop."""
+    at_the_top = {name: f for name, f in vars(optaxclip).items() if callable(f)}
+    lines = {name: len(inspect.getdoc(f).splitlines()) for name, f in at_the_top.items()}
+    assert {name: n for name, n in lines.items() if n > 40} == {}

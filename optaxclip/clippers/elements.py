@@ -1,6 +1,6 @@
 """The clippers of SPAM and Stable-SPAM: single elements, to bounds learned from their past.
 
-They share the safeguards of `adaptive`, steered by `relearn_after` as there.
+They share the safeguards of `clippers.learned`, steered by `relearn_after` as there.
 """
 
 from typing import Any
@@ -33,54 +33,39 @@ def spam_clip(
 
     Args:
       theta: >= 0: how far g^2 may exceed v. None: 3, which lets a spike pass as 1.7 times the
-        typical size; with `relearn_after=None` the paper's 5000, which lets it pass as 71 times,
-        so that it is meant for spikes of a thousand times.
+        typical size; with `relearn_after=None` the paper's 5000, which lets it pass as 71 times.
       decay: of the moving averages, in [0, 1).
       warmup: how many steps of a leaf its level starts from, >= 1. Static.
-      relearn_after: >= warmup: steps in a row on which a leaf's largest element exceeds its
-        bound, after which its level starts anew from the last `warmup` steps. `"auto"`: 25, or
-        the warm-up if that is longer. None: the paper's rule. Static.
-      nonfinite, axis_name, name: as in `clip_by` and `Norm`.
-      stats: as in `clip_by_value`. With Adam a step takes 2.05 times as
-        long as Adam alone, with False 1.86 (25 leaves of 1024x1024, 2 CPU cores).
+      relearn_after: >= warmup: steps in a row on which a leaf's largest element exceeds its bound,
+        after which its level starts anew from the last `warmup` steps. `"auto"`: 25, or the
+        warm-up if longer. None: the paper's rule. Static.
+      nonfinite, axis_name, stats, name: as in `clip_by` and `Norm`.
 
     Returns:
-      A gradient transformation. Its state is one float32 array like the parameters (and
-      `2 warmup + 3` numbers a leaf, with the safeguards). Its statistics count in bounds:
-      `pre_clip_norm` is the largest `|g| / c` of any element, beside a `threshold` of 1.
+      A gradient transformation. Its state is a float32 array like the parameters. Statistics count
+      in bounds: `pre_clip_norm` is the largest `|g| / c` of any element, beside a `threshold` of 1.
 
     Raises:
       ValueError: an argument out of its range; updates unlike the tree `init` saw.
 
-    Guarantees:
-      After a lasting change of a leaf's level its bounds are at the new level within
-      `relearn_after` steps; those of an element that changes alone follow by the moving average,
-      by at most a tenth a step. A spike passes as at most `1.1 sqrt(theta)` times the root mean
-      square, and so does the next one. NaN, infinite and zero gradients leave later steps as they
-      would have been without.
-
     Edge cases:
-      In the warm-up no element may exceed twice the median of its leaf's largest; the first
-      step is unbounded. An element that was zero throughout the warm-up of its leaf has the
-      bound of the leaf's largest, and comes to its own by the moving average.
+      | first step, then the warm-up | unbounded; twice the median of the leaf's largest so far |
+      | zero throughout the warm-up | an element starts with the bound of the leaf's largest |
+      | a spike, and the next one | at most `1.1 sqrt(theta)` times the root mean square |
+      | a leaf's level changes for good | its bounds are there within `relearn_after` steps |
+      | one element's level changes | its bound follows v, by at most a tenth a step upwards |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.spam_clip(decay=0.5, warmup=4)
-      >>> state, update = tx.init({"w": jnp.zeros(2)}), jax.jit(tx.update)
+      >>> state, update = tx.init(jnp.zeros(2)), jax.jit(tx.update)
       >>> for scale in [1.0, 1.0, 1.0, 1.0, 100.0]:
-      ...     updates, state = update({"w": scale * jnp.array([1.0, 0.1])}, state)
-      >>> print(f"{updates['w'][0]:.3f}")
+      ...     updates, state = update(scale * jnp.array([1.0, 0.1]), state)
+      >>> print(f"{updates[0]:.3f}")
       1.732
 
-    Source: Huang et al. (SPAM), arXiv 2501.06842. With `relearn_after=None` v is one average,
-    which takes the clipped gradient and does not hold the present step, as there; the first
-    `warmup` steps are unbounded, and an element whose v is 0, which there would be held at 0, is
-    left alone. SPAM clips by Adam's own v and resets it with the momentum; here v is kept by the
-    clipper and not reset. Different by default: theta; the safeguards; v as a product of averages,
-    which takes the gradient as it came; the element's share holds the present step, rises
-    by at most a tenth a step, and starts from 1 (as if on one step before the first all elements
-    had been as large as the largest); and zeros do not count.
+    Source: Huang et al. (SPAM), arXiv 2501.06842; what is different here: `docs/guide/sources.md`.
     """
     relearn_after = relearn_after_of(relearn_after, 25, warmup)
     if theta is None:
@@ -125,15 +110,11 @@ def adaclip(
     Raises:
       ValueError: an argument out of its range.
 
-    Guarantees:
-      After a lasting change of a leaf's level its bound is at the new level within
-      `relearn_after` steps. A spike passes as about the typical largest element, and so does the
-      next one. NaN, infinite and zero gradients leave later steps as they would have been without
-      them.
-
     Edge cases:
-      In the warm-up no element may exceed twice the median of its leaf's largest; the first
-      step is unbounded.
+      | first step, then the warm-up | unbounded; twice the median of the leaf's largest so far |
+      | a spike | passes as about the typical largest element, and so does the next one |
+      | a leaf's level changes for good | its bound is there within `relearn_after` steps |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
@@ -144,11 +125,9 @@ def adaclip(
       >>> print(updates["w"])
       [1.  0.1]
 
-    Source: Huang et al. (Stable-SPAM), arXiv 2502.17055v1, AdaClip. With `relearn_after=None` the
-    average holds the present step and is corrected for its start from zero, as there, and
-    elements beyond c are multiplied by `c / max |g|`, as there: only the largest lands on c, one
-    a little beyond c falls far below it. Different by default: such elements are all set to c;
-    the present step does not count for itself; and the safeguards.
+    Source: Huang et al. (Stable-SPAM), arXiv 2502.17055v1, AdaClip. Different here: elements beyond
+    c are set to c, not scaled alike; the present step does not count for itself; safeguards. See
+    `docs/guide/sources.md`.
     """
     check_between(decay, "decay", 0, 1, last=False)
     relearn_after = relearn_after_of(relearn_after, 25, warmup)

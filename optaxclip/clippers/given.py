@@ -27,8 +27,7 @@ def clip_by_value(
 
     Args:
       max_value: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
-      nonfinite: under `"propagate"` NaN stays, a real infinity is clipped to c (both as in
-        `optax.clip`), and a complex one becomes NaN; all become 0 under `"zero"`.
+      nonfinite: `"propagate"` or `"zero"`, see below.
       axis_name: as in `Norm`, for the statistics.
       stats: False saves the pass over the gradient that measuring its largest element
         costs; then this equals `optax.clip` also in speed.
@@ -39,6 +38,11 @@ def clip_by_value(
 
     Raises:
       ValueError: max_value negative or NaN, or no prefix of the updates.
+
+    Edge cases:
+      | NaN | stays NaN, as in `optax.clip`; 0 under `"zero"` |
+      | infinity | a real one c, as in `optax.clip`, a complex one NaN; 0 under `"zero"` |
+      | integer, float0, None, empty leaves | pass through |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -79,6 +83,12 @@ def clip_by_global_norm(
     Raises:
       ValueError: max_norm negative, NaN or a tree; unknown ord.
 
+    Edge cases:
+      | zero gradient | stays zero |
+      | NaN | makes the gradient NaN; zeros under `nonfinite="zero"` |
+      | infinity | becomes NaN, and the rest 0; zeros under `nonfinite="zero"` |
+      | bf16, float16 | the norm is taken in float32, and stays in range |
+
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_by_global_norm(1.0)
@@ -108,9 +118,6 @@ def clip_by_leaf_norm(
 ) -> Transform:
     """Rescales each leaf to norm c where it is longer: `g_k * min(1, c_k / n_k)`.
 
-    A leaf that stacks layers (scan over layers) is one block here; to clip its layers one
-    by one use `clip_by_unit_norm` with `unit_axes=lambda path, x: tuple(range(1, x.ndim))`.
-
     Args:
       max_norm: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
       ord, eps, nonfinite, axis_name, name: as in `clip_by_global_norm`.
@@ -120,6 +127,11 @@ def clip_by_leaf_norm(
 
     Raises:
       ValueError: max_norm negative, NaN or no prefix of the updates; unknown ord.
+
+    Edge cases:
+      | NaN, infinity | as in `clip_by_global_norm`, of this leaf alone |
+      | layers stacked in one leaf (scan) | one block; to clip the layers one by one, |
+      | | `clip_by_unit_norm(c, unit_axes=lambda path, x: tuple(range(1, x.ndim)))` |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -188,6 +200,8 @@ def clip_by_unit_norm(
 ) -> Transform:
     """Rescales each unit (row, filter, head) of each leaf to norm c where it is longer.
 
+    `g_i * min(1, c / n_i)` for each unit i, with n_i its norm.
+
     Args:
       max_norm: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
       unit_axes: the axes one unit spans: `"auto"` (by rank, as Optax), an int, a tuple,
@@ -202,6 +216,10 @@ def clip_by_unit_norm(
     Raises:
       ValueError: max_norm negative, NaN or no prefix of the updates; axes a leaf lacks; a
         sharded leaf without axis_name.
+
+    Edge cases:
+      | zero units | stay zero |
+      | NaN, infinity | as in `clip_by_global_norm`, of this unit alone |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -294,11 +312,15 @@ def agc(
 
     Returns:
       A gradient transformation whose `update` needs `params`. Its statistics are about the
-      unit furthest beyond its bound. Units that start at zero, such as biases, have the bound
-      `clipping * eps` at first, so some unit is clipped on nearly every step.
+      unit furthest beyond its bound.
 
     Raises:
       ValueError: clipping or eps negative or NaN; params missing or not like the updates.
+
+    Edge cases:
+      | units that start at zero, as biases do | have the bound `clipping * eps` at first: |
+      | | on nearly every step some unit is clipped |
+      | NaN, infinity | as in `clip_by_global_norm`, of this unit alone |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -335,10 +357,14 @@ def normalize(
       ord, nonfinite, axis_name, name: as in `clip_by_global_norm`.
 
     Returns:
-      A gradient transformation. A zero gradient stays zero.
+      A gradient transformation.
 
     Raises:
       ValueError: norm or eps negative or NaN; unknown ord.
+
+    Edge cases:
+      | zero gradient | stays zero |
+      | NaN, infinity | as in `clip_by_global_norm` |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

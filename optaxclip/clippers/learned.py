@@ -1,6 +1,6 @@
 """The named clippers whose bound is learned from past norms: a few lines each over `clip_by`.
 
-They share one set of safeguards (`learning.Learned`), steered by `relearn_after`:
+They share one set of safeguards (`thresholds.Learned`), steered by `relearn_after`:
 
 * Norms that are zero, NaN or infinite are never learned from.
 * In the warm-up a norm is bounded by twice the median of those before it, and each norm counts
@@ -54,13 +54,12 @@ def autoclip(
     Raises:
       ValueError: percentile outside [0, 100], window < 1, relearn_after < 25.
 
-    Guarantees:
-      After a lasting change of level the bound is at the new level within `relearn_after`
-      steps. A spike passes as about the bound, and so does the next one. NaN, infinite and
-      zero gradients leave later steps as they would have been without them.
-
     Edge cases:
-      The first step is unbounded: nothing is known.
+      | first step | unbounded: nothing is known |
+      | the next 24, a warm-up | at most twice the median norm so far |
+      | a spike | passes as about the bound, and so does the next one |
+      | a lasting change of level | the bound is there within `relearn_after` steps |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
@@ -71,9 +70,8 @@ def autoclip(
       >>> print(updates["w"])
       [2.]
 
-    Source: Seetharaman, Wichern, Pardo, Le Roux (AutoClip), arXiv 2007.14469, algorithm 1. It
-    keeps all norms, the present one among them. Here a window of them; the present one only
-    with `relearn_after=None`; and the safeguards above, with a warm-up of 25 norms.
+    Source: Seetharaman et al. (AutoClip), arXiv 2007.14469, algorithm 1, over all norms, with the
+    present one. Here of a window, the present one only with `relearn_after=None`; safeguards.
     """
     check_between(percentile, "percentile", 0, 100)
     check_count(window, "window")
@@ -100,19 +98,16 @@ def zclip(
 
     With mu and sigma the moving average and standard deviation of the norms, a norm with
     z > k is bounded by `mu + sigma k^2 / z` (`"zscore"`: the further out, the shorter), by mu
-    (`"mean"`), or by `mu + k sigma` (`"percentile"`). Every norm is bounded by `max_norm` too.
+    (`"mean"`), or by `mu + k sigma` (`"percentile"`).
 
     Args:
-      z_threshold: k >= 0.
-      decay: of the moving averages, in [0, 1).
+      z_threshold, decay: k >= 0; in [0, 1), of the moving averages.
       mode: what an outlier becomes, as above.
-      max_norm: the bound that always holds, >= 0; `float("inf")` for none. A number, a traced
-        scalar or a schedule.
+      max_norm: a bound that always holds too, >= 0: a number, traced scalar, schedule, or `inf`.
       warmup: how many norms the averages start from. Static.
-      relearn_after: >= warmup: steps in a row beyond the bound (that of z, not `max_norm`)
-        after which the averages start anew from the last `warmup` norms. `"auto"`: 25, or the
-        warm-up if that is longer. None: the paper's rule, which never recovers from a lasting
-        rise by half. Static.
+      relearn_after: >= warmup: steps in a row beyond the bound of z after which the averages start
+        anew from the last `warmup` norms. `"auto"`: 25, or the warm-up if longer. None: the
+        paper's rule, which never recovers from a lasting rise by half. Static.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
@@ -121,28 +116,24 @@ def zclip(
     Raises:
       ValueError: an argument out of its range; unknown mode.
 
-    Guarantees:
-      After a lasting change of level the bound is at the new level within `relearn_after`
-      steps. A spike passes as about mu (by `"percentile"` as at most `mu + k sigma`), and so does
-      the next one. NaN, infinite and zero gradients leave later steps as they would have been
-      without them.
-
     Edge cases:
-      The first step is bounded by `max_norm` alone. Norms that do not vary have sigma 1 % of
-      mu (1e-6 with `relearn_after=None`).
+      | first step, then the warm-up | bounded by `max_norm`; by twice the median norm so far too |
+      | norms that do not vary | sigma is 1 % of mu (1e-6 with `relearn_after=None`) |
+      | a spike, and the next one | as about mu (by `"percentile"` at most `mu + k sigma`) |
+      | a lasting change of level | the bound is there within `relearn_after` steps |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
-      >>> import jax, jax.numpy as jnp, optaxclip
+      >>> import jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.zclip(warmup=4)
-      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
+      >>> state = tx.init(jnp.zeros(1))
       >>> for norm in [0.1, 0.12, 0.09, 0.11, 5.0]:
-      ...     updates, state = update({"w": jnp.array([norm])}, state)
-      >>> print(updates["w"].round(3))
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> print(updates.round(3))
       [0.105]
 
-    Source: Kumar et al. (ZClip), arXiv 2504.02507, equations 4 to 8; `"mean"` and
-    `"percentile"` are in the authors' code. Different here: the safeguards above, and the
-    relative floor of sigma.
+    Source: Kumar et al. (ZClip), arXiv 2504.02507, equations 4 to 8, and the authors' code for
+    `"mean"` and `"percentile"`. Different here: safeguards, and the relative floor of sigma.
     """
     check_bound(z_threshold, "z_threshold", schedule=False)
     check_bound(max_norm, "max_norm")
@@ -169,8 +160,7 @@ def adagc(
 ) -> Transform:
     """Clips each leaf to a multiple of the moving average of its clipped norm.
 
-    In the warm-up all leaves together are clipped to `max_norm` (and each is held to twice its
-    median so far, unless `relearn_after=None`). Then, leaf by leaf, `c = ratio * gamma` and
+    After the warm-up, leaf by leaf, `c = ratio * gamma` and
     `gamma = decay * gamma + (1 - decay) * min(n, c)`.
 
     Args:
@@ -189,13 +179,12 @@ def adagc(
     Raises:
       ValueError: an argument out of its range.
 
-    Guarantees:
-      After a lasting change of a leaf's level its bound is at the new level within
-      `relearn_after` steps. A spike passes as at most `ratio * gamma`. NaN, infinite and zero
-      gradients of a leaf leave its later steps as they would have been without them.
-
     Edge cases:
-      A leaf whose gradient is zero at first has its warm-up when it wakes.
+      | warm-up | all leaves together to `max_norm`, and each to twice its median so far |
+      | a leaf with a zero gradient at first | has its warm-up when it wakes |
+      | a spike | passes as at most `ratio * gamma` |
+      | a lasting change of a leaf's level | its bound is there within `relearn_after` steps |
+      | NaN, infinity, zero | a leaf does not learn from them: later steps are as without them |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
@@ -206,9 +195,8 @@ def adagc(
       >>> print(updates["w"].round(3))
       [0.105]
 
-    Source: Wang et al. (AdaGC), arXiv 2502.11034, algorithm 1. Different here: the safeguards
-    above, and gamma starts from the mean of the warm-up; the paper's smallest norm (here with
-    `relearn_after=None`) clips nearly every step after it.
+    Source: Wang et al. (AdaGC), arXiv 2502.11034, algorithm 1. Different here: safeguards, and
+    gamma starts from the mean of the warm-up, not its smallest norm (`relearn_after=None`: that).
     """
     check_bound(ratio, "ratio", schedule=False)
     check_bound(max_norm, "max_norm", schedule=False)
@@ -245,14 +233,12 @@ def clip_by_history(
     Raises:
       ValueError: an argument out of its range.
 
-    Guarantees:
-      After a lasting change of level the bound is at the new level within `relearn_after`
-      steps, and with the default k within ten. NaN, infinite and zero gradients leave later
-      steps as they would have been without them.
-
     Edge cases:
-      The first step is unbounded. Norms that do not vary have a std of 1 % of their mean (1e-6
-      with `relearn_after=None`).
+      | first step | unbounded: nothing is known |
+      | warm-up | at most twice the median norm so far |
+      | norms that do not vary | std is 1 % of their mean (1e-6 with `relearn_after=None`) |
+      | a lasting change of level | the bound is there within `relearn_after` steps, usually ten |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
@@ -264,7 +250,7 @@ def clip_by_history(
       [1.424]
 
     Source: Levanter, `optim/clip_update_norm.py`, for updates (chain it after
-    `scale_by_adam` to do as there). Different here: the safeguards above, and the floor.
+    `scale_by_adam` to do as there). Different here: safeguards, and the floor.
     """
     check_bound(num_stds, "num_stds", schedule=False)
     check_count(window, "window", least=2)
@@ -296,19 +282,17 @@ def clip_by_quantile(
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
-      A gradient transformation.
+      A gradient transformation. Its state, besides 25 norms, is one number.
 
     Raises:
       ValueError: an argument out of its range.
 
-    Guarantees:
-      The state, besides 25 norms, is one number. After a lasting change of level the bound is
-      at the new level within `relearn_after` steps. NaN, infinite and zero gradients leave
-      later steps as they would have been without them.
-
     Edge cases:
-      Without `init` the first step is unbounded. With q = 0 the bound only falls, with q = 1 it
-      only rises, but for learning anew.
+      | first step | without `init` unbounded: nothing is known |
+      | the next 24, a warm-up | without `init` at most twice the median norm so far |
+      | q = 0, q = 1 | the bound only falls, only rises, but for learning anew |
+      | a lasting change of level | the bound is there within `relearn_after` steps |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip

@@ -40,59 +40,42 @@ def clip_singular_values(
     """Clips the singular values of every matrix: `U diag(min(s, c)) V^T`.
 
     With `soft=True`, `(I + X X^T / c^2)^(-1/2) X`, which makes of each s `s / sqrt(1 + (s/c)^2)`.
-    Vectors and scalars, whose one singular value is their norm, are scaled alike: `g min(1, c/n)`
-    or `g / sqrt(1 + (n/c)^2)`.
+    Vectors and scalars, whose one singular value is their norm, are scaled alike.
 
     Args:
       max_value: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
       soft: see above. The soft bound costs and errs less. Static.
       method: `"newton_schulz"`, matrix products alone; `"svd"`, an exact decomposition, slow on
         accelerators, whose derivative is not finite where singular values coincide.
-      steps: of Newton-Schulz, >= 1. More help only the hard bound, and only where singular values
-        lie within 1e-4 s_max of c. Static.
-      unit_axes: the axes one matrix spans, all others being batched: `"auto"`, the last two (so
-        that scanned stacks of matrices are clipped one by one), an int, a tuple or a function
-        `(path, leaf) -> axes`. The last of the axes makes the columns, those before it together
-        the rows; one axis makes vectors.
-      nonfinite, name: as in `clip_by`. A NaN or infinity makes its whole matrix NaN, or zeros.
+      steps: of Newton-Schulz, >= 1. More help only the hard bound, near c. Static.
+      unit_axes: the axes one matrix spans, all others being batched: `"auto"`, the last two, an
+        int, a tuple or a function `(path, leaf) -> axes`. The last of the axes makes the columns,
+        those before it together the rows; one axis makes vectors.
+      nonfinite, name: as in `clip_by`.
 
     Returns:
-      A gradient transformation whose state is a `ClipState`. In its statistics a group is one
-      matrix, its norm the largest singular value (by Newton-Schulz estimated from below, commonly
-      within 1 % and always 5 %), the factor what becomes of that one.
+      A gradient transformation. In its statistics a group is one matrix, its norm the largest
+      singular value (by Newton-Schulz within 5 %), the factor what becomes of that one.
 
     Raises:
       ValueError: max_value negative or NaN, or no prefix of the updates; unknown method; axes a
         leaf lacks; a leaf that is sharded inside `jax.shard_map`.
       TypeError: max_value is no number, such as a `Threshold`.
 
-    Guarantees:
-      The result of an m x n matrix is within `b sqrt(m + n) eps s_max` of the exact one in spectral
-      norm, whatever the condition number. Here eps is that of the floats computed in (at least
-      float32: 1.2e-7), and b is 4 by SVD and 2 by Newton-Schulz, with the default steps or more and
-      for c >= 1e-3 s_max. If hard, Newton-Schulz adds up to `2.8e-6 min(m, n)^(1/16) s_max` close
-      to c, less by a factor of 2.1 for each step more. In all, for 400x400 in float32, 1.4e-5 s_max
-      by SVD, else 1.1e-5 (soft: 7e-6). A matrix well inside the bound comes out bit for bit if
-      hard. Nothing overflows. A bound of 0 gives zeros.
-
     Edge cases:
-      Stacked vectors, such as the biases of scanned layers, look like a matrix: name their
-      `unit_axes`. Under `jit` shardings are XLA's matter. A 1024x1024 leaf takes 74 times as long
-      as one product of that size, soft 70, by SVD 34 (2 CPU cores, `python
-      benchmarks/singular_values.py`): on a CPU the SVD is quicker.
+      | NaN, infinity | make the whole matrix NaN; zeros under `nonfinite="zero"` |
+      | inside the bound, hard | bit for bit what came in, if well inside |
+      | stacked vectors, such as scanned biases | look like a matrix: name their `unit_axes` |
+      | how exact, how slow | see `docs/concepts/precision.md`; c = 0 gives zeros |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
       >>> tx = optaxclip.clip_singular_values(1.0)
-      >>> grads = {"w": jnp.array([[0.0, 5.0], [0.5, 0.0]])}
-      >>> updates, state = tx.update(grads, tx.init(grads))
-      >>> print(updates["w"].round(4))
-      [[0.  1. ]
-       [0.5 0. ]]
+      >>> grads = jnp.array([[0.0, 5.0], [0.5, 0.0]])
+      >>> print(tx.update(grads, tx.init(grads))[0].round(4).tolist())
+      [[0.0, 1.0], [0.5, 0.0]]
 
-    Source: arXiv 2605.11838 (hard) and 2603.14315 (soft). Here the hard bound is `X - max(H - c,
-    0) O` with `X = H O` the polar decomposition, and the maximum by the sign of `H - c`; both by
-    the scaled iteration of Chen and Chow, its scaling held back so that it is stable in float32.
+    Source: arXiv 2605.11838 (hard), 2603.14315 (soft); the iteration: Chen and Chow, 2014.
     """
     if method not in get_args(Method):
         raise ValueError(f"unknown method, got {method!r}. Use one of {get_args(Method)}.")

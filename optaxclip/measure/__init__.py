@@ -1,1 +1,12 @@
-"""What is measured: norms, which leaf belongs to which, and what is told about them."""
+"""What is measured: norms, which leaf belongs to which, and what is told about them.
+
+What other rooms import, and no more:
+
+* `norms`: `AxisName`, `By`, `L2`, `Norm`
+* `groups`: `Blocks`, `Groups`
+* `units`: `UnitAxes`, `flax_unit_axes`, `resolve`
+* `reductions`: `Sums`
+* `mesh`: `check_reduced`
+* `statistics`: `ClipStats`, `ExampleStats`, `GroupStats`, `check_same_groups`, `empty_stats`,
+  `record`, `record_nothing`, `worst`
+"""

@@ -36,11 +36,12 @@ class Norm:
     Args:
       by: `"global"` one norm for the tree; `"leaf"` one a leaf; `"unit"` one a unit of a
         leaf; `"group"` one a label; `"element"` each element on its own.
-      ord: 1, 2, any finite p >= 1, `inf` or `"rms"`. Static.
-      unit_axes: for `"unit"`, the axes a unit spans, so that 0 makes each column of an
-        `(in, out)` kernel a unit: an int, a tuple, a function `(path, leaf) -> axes`, or
-        `"auto"`, Optax's rule by rank: vectors (also with axes of length one) whole, rank
-        2 and 3 over axis 0, rank 4 and 5 over all axes but the last.
+      ord: 1, 2, any finite p >= 1, `inf` or `"rms"`. Static. Other p than 1 and 2 read the leaves
+        twice, and take two collectives on a mesh.
+      unit_axes: for `"unit"`, the axes a unit spans (0 makes each column of an `(in, out)` kernel
+        a unit): an int, a tuple, a function `(path, leaf) -> axes`, or `"auto"`, Optax's rule by
+        rank: vectors (also with axes of length one) whole, rank 2 and 3 over axis 0, rank 4 and 5
+        over all axes but the last.
       labels: for `"group"`, the label of each leaf: a tree prefix of strings, or a
         function `(path, leaf) -> label`.
       exclude: `(path, leaf) -> bool`; true for leaves to be neither measured nor changed.
@@ -54,20 +55,15 @@ class Norm:
     Raises:
       ValueError: unknown `by` or `ord`; labels missing, or labels or unit axes for another `by`.
 
-    Guarantees:
-      Terms are added in float32, in float64 if a leaf is float64, whatever the leaf dtype.
-      A norm is finite exactly when each of its elements is: sums neither overflow nor vanish,
-      and a norm past the largest float is that float. On accelerators leaves are read once,
-      without a branch.
-      The derivative at zero is finite.
-
     Edge cases:
-      Integer, boolean, float0, None, MaskedNode and empty leaves are not counted; a tree
-      without floating-point leaves has global norm 0. By `"element"` the largest modulus is
-      measured, whatever `ord` is.
-      Orders besides 1, 2, `inf` and `"rms"` read the leaves twice, and take two collectives on a
-      mesh. Leaves that vary over a mesh axis are taken for shards: a data-parallel gradient that
-      was not reduced yet counts as one long gradient. Reduce it first.
+      | zero gradient | 0, with a finite derivative |
+      | NaN, infinity | a norm is finite exactly when each of its elements is |
+      | squares out of range | sums neither overflow nor vanish; at most the largest float |
+      | bf16, float16 | added in float32, in float64 if a leaf is float64 |
+      | integer, boolean, float0, None, `MaskedNode`, empty leaves | not counted |
+      | a tree without leaves that count | a global norm of 0 |
+      | `by="element"` | the largest modulus of each leaf is measured, whatever `ord` is |
+      | not reduced over a mesh axis | taken for shards of one long gradient: reduce it first |
     """
 
     by: By = "global"

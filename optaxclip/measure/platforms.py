@@ -54,6 +54,10 @@ def cut(vector: jax.Array) -> list[jax.Array]:
     )
 
 
+_LARGE = 2**18
+"""Elements of a leaf whose units a CPU sums in float32 first; see `power_sums`."""
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def power_sums(arrays: tuple[jax.Array, ...], axes: Axes | None, power: int, dtype: Any) -> Any:
     """`sum |x|^power`: a list of [scales, *kept], or of whole arrays one [scales, arrays].
@@ -67,16 +71,23 @@ def power_sums(arrays: tuple[jax.Array, ...], axes: Axes | None, power: int, dty
       kernels, as many as one sum in float32 takes; three sums would take 129.
     * A CPU takes one sum in float32, and again at three scales in a branch, which is rare: 0.91x of
       a step of Adam without it, where float64 takes 0.95x (25 leaves of 1024x1024; of 300 of
-      256x256 0.85x and 0.90x). Units are often all zero, so that for them it takes float64.
+      256x256 0.85x and 0.90x). Units are often all zero, so that for them it takes float64; but of
+      large leaves, in a branch: `agc` takes 1.6x Adam for 2.2x (still 2.3x where half of the units
+      are zero). XLA sums float32 by a library, float64 by loops of its own. Of small leaves the
+      branch would save little, and it takes long to compile: 32 s for 20 s (300 of 256x256).
     """
     if dtype == jnp.float64 or not arrays:
         return _at_three_scales(arrays, axes, power, dtype)
     settings: dict[str, Any] = {"axes": axes, "power": power}
     in_float64 = functools.partial(_in_float64, **settings)
-    again = in_float64 if axes else functools.partial(_again_where_needed, power=power)
+    again = _units_on_a_cpu if axes else _again_where_needed
     at_scales = functools.partial(_at_three_scales, **settings, dtype=dtype)
     return lax.platform_dependent(
-        arrays, cpu=again, cuda=in_float64, rocm=in_float64, default=at_scales
+        arrays,
+        cpu=functools.partial(again, **settings),
+        cuda=in_float64,
+        rocm=in_float64,
+        default=at_scales,
     )
 
 
@@ -101,22 +112,64 @@ def _at_three_scales(arrays: Sequence[jax.Array], axes: Axes | None, power: int,
     return found
 
 
-def _again_where_needed(arrays: Sequence[jax.Array], power: int) -> jax.Array:
+def _again_where_needed(arrays: Sequence[jax.Array], axes: None, power: int) -> jax.Array:
     totals = stacked([jnp.sum(_terms(x, power, jnp.float32, None)) for x in arrays])
     lost = jnp.any(jnp.isinf(totals) | (totals < 2.0**-60))
-    again = functools.partial(_at_three_scales, arrays, None, power, jnp.dtype(jnp.float32))
+    again = functools.partial(_at_three_scales, arrays, axes, power, jnp.dtype(jnp.float32))
+    return lax.cond(lost, again, lambda: _as_they_are(totals, power))
 
-    def as_they_are() -> jax.Array:
-        # On a mesh another device may have had to take its sums anew, and they are added up scale
-        # by scale. Where all are small, all devices take them anew.
-        _, low, _ = scales_of(jnp.float32)
-        scaled = totals
-        for _ in range(power):
-            # Without the minimum XLA makes one factor of two, and that is zero.
-            scaled = jnp.minimum(scaled * low, 2.0**64)
-        return jnp.stack([totals, scaled, totals])
 
-    return lax.cond(lost, again, as_they_are)
+def _units_on_a_cpu(arrays: Sequence[jax.Array], axes: Axes, power: int) -> list[jax.Array]:
+    large = [x.size >= _LARGE for x in arrays]
+
+    def part(which: bool) -> tuple[list[jax.Array], Axes]:
+        chosen = [i for i, here in enumerate(large) if here is which]
+        return [arrays[i] for i in chosen], tuple(axes[i] for i in chosen)
+
+    found = {
+        True: iter(_float64_where_needed(*part(True), power)),
+        False: iter(_in_float64(*part(False), power)),
+    }
+    return [next(found[which]) for which in large]
+
+
+def _float64_where_needed(arrays: Sequence[jax.Array], axes: Axes, power: int) -> list[jax.Array]:
+    if not arrays:
+        return []
+    totals = _plain_sums(arrays, axes, power)
+
+    def any_lost(sizes: list[jax.Array]) -> jax.Array:
+        # Of up to 2^32 squares below 2^-126, which are lost, a sum of 2^-70 is still right.
+        lost = [
+            jnp.any(jnp.isinf(total) | ((total < 2.0**-70) & (size > 0)))
+            for total, size in zip(totals, sizes, strict=True)
+        ]
+        return jnp.any(stacked(lost))
+
+    # Units are often all zero. Whether they are, `sum |x|` tells, which does not vanish.
+    perhaps = any_lost([jnp.ones(()) for _ in totals])
+    lost = lax.cond(perhaps, lambda: any_lost(_plain_sums(arrays, axes, 1)), lambda: perhaps)
+    as_they_are = [_as_they_are(total, power) for total in totals]
+    return lax.cond(lost, lambda: _in_float64(arrays, axes, power), lambda: as_they_are)
+
+
+def _plain_sums(arrays: Sequence[jax.Array], axes: Axes, power: int) -> list[jax.Array]:
+    terms = (_terms(x, power, jnp.float32, None) for x in arrays)
+    return [jnp.sum(t, axis=a, keepdims=True) for t, a in zip(terms, axes, strict=True)]
+
+
+def _as_they_are(total: jax.Array, power: int) -> jax.Array:
+    """A sum that is in range, and what it is at the other scales, where that is in range.
+
+    On a mesh another device may have had to take its sums anew, and they are added scale by scale.
+    """
+    _, low, high = scales_of(jnp.float32)
+    below = above = total
+    for _ in range(power):
+        # Without the minimum XLA makes one factor of two, and that is zero, or infinite.
+        below = jnp.minimum(below * low, 2.0**64)
+        above = jnp.minimum(above * high, 2.0**96)
+    return jnp.stack([total, below, above])
 
 
 def _in_float64(arrays: Sequence[jax.Array], axes: Axes | None, power: int) -> Any:
@@ -136,9 +189,10 @@ def _scaled(total: jax.Array, scales: np.ndarray) -> jax.Array:
 def largest(arrays: Sequence[jax.Array], dtype: Any, nan: bool) -> jax.Array:
     """The largest modulus of each array, as `marked`; `nan`: NaN where there is one.
 
-    A CPU takes the plain maximum, which it does by vectors, and a sum, which tells whether there is
-    NaN: 1.10x of a step of Adam for 1.34x with one maximum that keeps NaN, with 25 leaves of
-    1024x1024 (1.09x for 1.31x of 300 of 256x256).
+    A CPU takes the plain maximum, and a sum, which tells whether there is NaN. XLA has both from a
+    library, and its own loops for all else it reduces: `clip_by_value` takes 1.4x Adam, 2.3x with
+    one maximum that keeps NaN, 3.8x with one of the bits as integers, in whose order NaN is largest
+    (25 leaves of 1024x1024).
     """
 
     def by_maximum(*arrays: jax.Array) -> jax.Array:

@@ -41,60 +41,40 @@ def clip_per_example(
     returns. No example moves the update further than c / B, whatever its label or its loss.
 
     Args:
-      max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`; for several
-        groups also a tree prefix of these, or a dict by label; `split_evenly(c)` and
-        `split_by_size(c)` give each its part of one bound, `example_quantile(q)` finds bounds.
-      by: what one norm is taken over. `"global"`: an example's whole gradient. `"leaf"`: each
-        leaf of it, so that with K leaves c / sqrt(K) bounds the whole by c. Labels, as in
-        `clip_by_group_norm`: the leaves of one label.
-      response: `"rescale"`; `"automatic"`, `c / (n + 0.01)`; `"psac"`,
-        `c / (n + r / (n + r))` with r = 0.1; `"normalize"`; `"drop"`, which leaves examples
-        beyond c out; or whatever else `clip_by` takes.
+      max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`, such as
+        `split_evenly(c)` or `example_quantile(q)`; of several groups also a tree prefix of these.
+      by: what one norm is taken over: `"global"`, an example's whole gradient; `"leaf"`; or labels,
+        as in `clip_by_group_norm`, with `max_norm` a dict by label if they have a bound each.
+      response: as in `clip_by`: `"rescale"`, `"automatic"`, `"psac"`, `"drop"` and so on.
       mean: what the sum is divided by. `"batch"`: B, dropped examples included; `"sum"`: 1; or a
         number, such as the expected batch size under Poisson sampling.
-      nan_safe: whether an example with NaN or infinity is left out. Otherwise it makes the
-        update NaN, and nothing is masked.
+      nan_safe: whether an example with NaN or infinity is left out, or makes the update NaN.
       name: how `clip_stats` calls this aggregator.
 
     Returns:
-      An `optax.experimental.aggregating.Aggregator`: `init(params)` gives a `ClipState`,
-      `update(per_example_grads, state, params)` an update like `params`. `clip_stats` has the
-      worst example's norm and factor as for any clipper, and in `examples` the mean, median and
-      largest norm, the fraction clipped, the number of examples that were not finite, and the
-      noise scale of the clipped gradients (with an infinite bound, of the gradients).
+      An `optax.experimental.aggregating.Aggregator` with a `ClipState`. Statistics are about the
+      worst example, and in `examples` about all of them (`ExampleStats`).
 
     Raises:
-      ValueError: unknown `by`, `response` or `mean`; a bound that is negative, NaN or of no
-        matching tree; gradients without examples, with different numbers of them, or not shaped
-        like params.
-
-    Guarantees:
-      Factored gradients and stacked ones, [B, *shape], give equal results. Factored gradients
-      are not stacked. With `nan_safe` a NaN example changes nothing but counters: nothing is
-      multiplied by zero, and a batch of NaN gives zeros.
+      ValueError: unknown `by`, `response` or `mean`; a bound that is negative, NaN or for another
+        tree; gradients without examples, of different batch sizes, or not shaped like params.
 
     Edge cases:
-      Norms come from sums of squares: in float32, an example with norm beyond 1e19 counts as not
-      finite, and one below 1e-19 as zero. Integer leaves have zero updates. Under `jit` the batch
-      may be sharded; inside `jax.shard_map` each device aggregates its own examples, so that the
-      updates want `jax.lax.pmean` over the axes of the batch, and statistics are a device's.
+      | NaN, infinity | count, and change nothing else; a batch of nothing else gives zeros |
+      | norms beyond 1e19, below 1e-19 (float32) | count as not finite, as zero |
+      | integer leaves | have zero updates |
+      | inside `jax.shard_map` | `jax.lax.pmean` the updates: they are of a device's examples |
 
     Example:
-      >>> import jax.numpy as jnp, optax, optaxclip
-      >>> optimizer = optax.chain(optaxclip.clip_per_example(1.0), optax.sgd(1.0))
-      >>> params = jnp.zeros(2)
-      >>> loss = lambda w, x: jnp.dot(w, x)
-      >>> batch = jnp.array([[30.0, 40.0], [0.6, 0.0], [jnp.nan, 0.0]])
-      >>> grads = optaxclip.per_example_grad(loss)(params, batch)
-      >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
-      >>> print((updates * 3).round(3))
-      [-1.2 -0.8]
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_per_example(1.0)
+      >>> grads = jnp.array([[30.0, 40.0], [0.6, 0.0], [jnp.nan, 0.0]])  # of three examples
+      >>> updates, state = tx.update(grads, tx.init(jnp.zeros(2)))
       >>> examples = optaxclip.clip_stats(state)["clip_per_example"].examples
-      >>> print(examples.max_norm, examples.clipped_fraction, examples.nonfinite_count)
-      50.0 0.5 1
+      >>> print((updates * 3).round(3), examples.max_norm, examples.nonfinite_count)
+      [1.2 0.8] 50.0 1
 
-    Source: Abadi et al., arXiv 1607.00133; automatic: Bu et al. (AUTO-S), arXiv 2206.07136;
-    psac: Xia et al., arXiv 2212.00328.
+    Source: Abadi et al., arXiv 1607.00133; `"automatic"`: 2206.07136; `"psac"`: 2212.00328.
     """
     measured = _norm(by)
     limit = as_threshold(max_norm, "max_norm")

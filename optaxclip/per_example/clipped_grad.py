@@ -97,69 +97,34 @@ def clipped_grad(
 ) -> BoundedSensitivityCallable:
     """The sum of clipped per-example gradients, `sum_b min(1, C / |g_b|) g_b`, like `jax.grad`.
 
-    Keywords, defaults and results are those of `jax_privacy.clipping.clipped_grad` 2.0, so that
-    a program which uses it changes the import and nothing else. Gradients are factored here,
-    and clipping costs about what a plain gradient costs.
+    Keywords, defaults and results are those of `jax_privacy.clipping.clipped_grad` 2.0; the cost is
+    about a plain gradient's. Options at length: `docs/how_to/clip_each_example.md`.
 
     Args:
-      fun: the loss, a scalar: `fun(params, batch)`, or with more arguments. By default it sees
-        each example as a batch of one; see `keep_batch_dim`.
-      argnums: which arguments to differentiate.
-      has_aux: whether `fun` returns `(loss, aux)`.
+      fun: the loss, a scalar: `fun(params, batch)`, called with each example as a batch of one.
+      argnums, batch_argnums, has_aux: as in `per_example_grad`.
       l2_clip_norm: C >= 0, a number or a traced scalar, or a tree prefix of the gradient with
-        such entries: each bounds the norm of what is below it. For one leaf also an array of
-        numbers, one for each slice along its first axis: layers stacked for a scan.
-      rescale_to_unit_norm: whether to divide clipped gradients by C, so that C and the learning
-        rate are apart. With C = 0 gradients are then of norm 1; with infinity, zero.
+        such entries, each over what is below it; of one leaf also [L], a number for each slice.
+      rescale_to_unit_norm: whether to divide clipped gradients by C.
       normalize_by: what the sum is divided by, > 0: the expected batch size, for example.
-      batch_argnums: which arguments hold the examples, on their first axis.
-      keep_batch_dim: whether `fun` sees an example as a batch of one, [1, ...]. With False it
-        sees the example alone, or, in a batch [B, n, ...], the n examples of one user, whose
-        gradient is then clipped as a whole.
-      return_values: whether to return the losses too.
-      return_grad_norms: whether to return the norms before clipping too.
-      pre_clipping_transform: a function of one example's gradient, applied before it is clipped;
-        the result may be another tree. Gradients are then stacked, [B, *shape]: nothing is known
-        of the function.
-      microbatch_size: how many examples are handled at a time, in a `lax.scan`; it must divide
-        B. None: all of them; with `method="auto"` half or fewer where that is faster.
-      nan_safe: whether an example whose gradient has NaN or infinity counts as zero. Otherwise
-        it makes those elements of the sum NaN.
+      keep_batch_dim: False: `fun` sees the example, or the examples of one user, without that axis.
+      return_values, return_grad_norms: whether to return losses, and norms before clipping.
+      pre_clipping_transform: a function of one example's gradient, before clipping; stacks them.
+      microbatch_size: how many examples are handled at a time; it must divide B. None: all, or
+        fewer where `method="auto"` finds that faster.
+      nan_safe: whether an example with NaN or infinity counts as zero, or makes the sum NaN.
       dtype: of the sum; None: that of the parameters.
-      prng_argnum: the argument that is a random key; each example gets a key split from it.
-      spmd_axis_name: as in `jax.vmap`, for sharding constraints in `fun`.
-      method: as in `per_example.reweighted_grad`: `"one_pass"`, `"two_pass"`, `"vmap"` (stacked),
-        or `"auto"`, by shape.
+      prng_argnum, spmd_axis_name: a random key, split for the examples; as in `jax.vmap`.
+      method: as in `per_example.reweighted_grad`.
 
     Returns:
-      A function of the arguments of `fun`, with `.sensitivity()` and `.l2_norm_bound`. Keyword
-      arguments hold one entry per example, on the first axis; `fun` sees its example's entry
-      without that axis, whatever `keep_batch_dim`. What all examples share is bound first, by
-      `functools.partial`, or passed by position. `is_padding_example`, [B] of booleans, `fun` does
-      not see: true for examples that count as zero. It returns the gradient, or
-      `(gradient, AuxiliaryOutput(values, grad_norms, aux))` where `has_aux`, `return_values` or
-      `return_grad_norms` ask for it.
+      A function of the arguments of `fun`, with `.sensitivity()` and `.l2_norm_bound`, by which no
+      example moves the sum further. It returns the gradient, or
+      `(gradient, AuxiliaryOutput(values, grad_norms, aux))` where these were asked for. Keyword
+      arguments hold one entry an example; `is_padding_example`, [B]: those that count as zero.
 
     Raises:
-      ValueError: argument numbers that overlap, are negative or missing; a negative norm;
-        `normalize_by` <= 0; batch sizes that differ or are no multiple of `microbatch_size`; a
-        `method` that cannot do a `pre_clipping_transform`; otherwise as `per_example_grad`.
-      TypeError: a `microbatch_size` that is no whole number; an option that jax-privacy 2.0 does
-        not have, such as rounding to an integer grid; otherwise as `per_example_grad`.
-
-    Guarantees:
-      Up to rounding no example moves the sum by more than `l2_norm_bound`, whatever it holds:
-      C / normalize_by, or 1 / normalize_by to unit norm; of several bounds the root of the sum
-      of their squares. What is returned example by example depends on that example alone. The
-      result does not depend on `microbatch_size`: the sum is in float32 at least until the
-      end. A batch of nothing but padding or (with `nan_safe`) NaN gives zeros.
-
-    Edge cases:
-      An example with a single NaN counts as zero as a whole; jax-privacy zeroes the elements.
-      Norms are as in `clip_per_example`: in float32 they end at 1e19, and beyond an example
-      counts as not finite. A negative C in an array counts as 0. Micro-batches of nothing but
-      padding are not computed, and their values, norms and aux are zero. `"two_pass"` adds up a
-      micro-batch in the dtype of the parameters.
+      ValueError, TypeError: an argument out of its range; otherwise as `per_example_grad`.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -169,8 +134,7 @@ def clipped_grad(
       >>> print(clipped, aux.grad_norms, grad.sensitivity("REPLACE_ONE"))
       3.0 [3. 4. 5.] 8.0
 
-    Source: the interface, jax-privacy 2.0 (Apache-2.0); the rule, Abadi et al., arXiv 1607.00133;
-    unit norm, De et al., arXiv 2204.13650.
+    Source: jax-privacy 2.0 (Apache-2.0); Abadi et al., arXiv 1607.00133; De et al., 2204.13650.
     """
     _check(l2_clip_norm, normalize_by)
     if microbatch_size is not None:

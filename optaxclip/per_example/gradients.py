@@ -40,40 +40,31 @@ def per_example_grad(
       keep_batch_dim: whether `fun` sees an example as a batch of one, [1, ...], for losses
         that expect a batch. Aux of shape [1, ...] loses that axis.
       prng_argnum: the argument that is a random key; each example gets a key split from it.
-      strict: whether to raise where no factored form is known for a leaf, so that its gradients
-        must be stacked, [B, *shape].
+      strict: whether to raise where no factored form is known, so that gradients must be stacked.
 
     Returns:
       A function of the arguments of `fun`. It returns a tree like `params` whose leaves are
-      forms, for `sq_norms`, `inner`, `weighted_sum` and `materialize`; with `has_aux` it
-      returns `(gradients, aux)`, aux with a leading [B].
+      forms, for `sq_norms`, `inner`, `weighted_sum` and `materialize`; with `has_aux`
+      `(gradients, aux)`, aux with a leading [B]. They are equal to those of `vmap(grad(fun))`.
 
     Raises:
-      ValueError: argument numbers out of range or with two roles; the batch is empty or its
-        sizes differ; a differentiated argument without arrays; `fun` returns no scalar;
-        a leaf without a factored form under `strict`.
-      TypeError: a differentiated argument has no floating-point array or a complex one; the
-        loss is not real floating point.
-
-    Guarantees:
-      Equal to `vmap(grad(fun))` for every differentiable `fun`: where no factored form is
-      known, the gradients of that leaf are stacked.
+      ValueError: argument numbers out of range or with two roles; an empty batch, or of several
+        sizes; an argument without arrays; `fun` returns no scalar; a stacked leaf under `strict`.
+      TypeError: a differentiated argument or the loss has no real floating-point array.
 
     Edge cases:
-      The gradient of an integer or boolean leaf next to floating-point ones is zero and has
-      the leaf's dtype, so that `optax.apply_updates` leaves the leaf as it is; that of a
-      random key is float0. Unused parameters have zero gradients. None is no leaf.
+      | no factored form known | the gradients of that leaf are stacked, [B, *shape]: as exact |
+      | integer, boolean leaves | zeros of their dtype, which `optax.apply_updates` leaves alone |
+      | random keys, None | float0; no leaf |
+      | unused parameters | zero |
 
     Example:
       >>> import jax.numpy as jnp
       >>> from optaxclip.per_example import per_example_grad, sq_norms, weighted_sum
-      >>> loss = lambda w, x: (x @ w) ** 2 / 2
       >>> batch = jnp.array([[1.0, 2.0], [0.0, 1.0]])
-      >>> grads = per_example_grad(loss)(jnp.ones(2), batch)
-      >>> print(sq_norms(grads))
-      [45.  1.]
-      >>> print(weighted_sum(grads, jnp.array([1.0, 10.0])))
-      [ 3. 16.]
+      >>> grads = per_example_grad(lambda w, x: (x @ w) ** 2 / 2)(jnp.ones(2), batch)
+      >>> print(sq_norms(grads), weighted_sum(grads, jnp.array([1.0, 10.0])))
+      [45.  1.] [ 3. 16.]
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
 

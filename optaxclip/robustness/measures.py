@@ -44,10 +44,9 @@ def input_sensitivity(
 ) -> SensitivityStats:
     """How much the output changes per unit change of the input: `‖f(x + d) - f(x)‖ / ‖d‖`.
 
-    For each example `samples` random directions of length `radius` are tried, and from each an
-    ascent of the quotient: `d <- J^T(f(x + d) - f(x))`, scaled to `radius`, which for a linear map
-    is the power iteration. With the norm inf each ascent raises one element of the output,
-    `d <- radius sign(grad |f_k(x + d) - f_k(x)|)`, first those that random directions move most.
+    Of each example for `samples` random d of length `radius`, and by an ascent from each:
+    `d <- J^T(f(x + d) - f(x))`, scaled to `radius`. With the norm inf each ascent raises one
+    output, `d <- radius sign(grad |f_k(x + d) - f_k(x)|)`, those first that moved most.
 
     Args:
       fun: `fun(params, x) -> outputs [B, ...]`, each example by itself.
@@ -55,29 +54,22 @@ def input_sensitivity(
       x: the inputs, [B, ...], floating point.
       radius: the length of the change, > 0, in the units of x; a number or a traced scalar.
       norm: 2 or inf, of the change of the input and of the output. Static.
-      samples: directions per example, >= 1. Static.
+      samples, steps: directions per example, and steps of each ascent; >= 1. Static.
       key: for the directions.
-      steps: of each ascent, >= 1. Static.
       batch_size: examples at a time, for memory; None: all at once. Static.
 
     Returns:
-      `SensitivityStats`: the largest and the mean quotient, and the largest of each example. The
-      random directions are uniform on the sphere, or with inf among the corners of the cube.
+      `SensitivityStats`: the largest and the mean quotient, and the largest of each example: lower
+      bounds, as a steeper direction may hide. Of a linear map at most its Lipschitz constant.
 
     Raises:
       ValueError: radius <= 0, another norm, samples, steps or batch_size < 1, no examples, outputs
         that are not one array [B, ...].
       TypeError: inputs that are not floating point.
 
-    Guarantees:
-      On a linear map the largest quotient is at most its Lipschitz constant, the spectral norm, or
-      with inf the largest absolute row sum, which is reached exactly if there are no more outputs
-      than `samples`. The result does not depend on `batch_size`, but for rounding.
-
     Edge cases:
-      It is a lower bound of the true supremum: a nonlinear map may hide a steeper direction.
-      Where `fun` gives NaN, the result is NaN. A change that is lost in rounding (a radius of
-      1e-8 at inputs near 1 in float32) gives NaN.
+      | `fun` gives NaN | the result is NaN |
+      | a change that is lost in rounding | NaN, such as of 1e-8 at inputs near 1 in float32 |
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip
@@ -121,21 +113,18 @@ def adversarial_accuracy(
     """The share of examples that stay right under the worst change of length `radius` found.
 
     FGSM goes `radius` along the sign of the loss's gradient (norm 2: along the gradient). PGD makes
-    `steps` such steps of `step_size`, each followed by a projection to the ball (and to `clip_to`),
-    from x itself and, for every further restart, from a random point of the ball. An example
-    counts as right if it is at x, at the point of FGSM, and at all points that PGD comes by.
+    `steps` such steps of `step_size` from x, each projected to the ball and to `clip_to`; further
+    restarts begin at random points of the ball. Right is who is right at all points on the way.
 
     Args:
       fun: `fun(params, x) -> logits [B, K]`, each example by itself.
       params: whatever `fun` takes.
-      x: the inputs, [B, ...], floating point.
-      y: the labels, [B], integers in [0, K).
+      x, y: the inputs, [B, ...], floating point; the labels, [B], integers in [0, K).
       radius: the length of the change, >= 0, in the units of x; a number or a traced scalar.
       norm: 2 or inf, of the change. Static.
       method: "fgsm" or "pgd". Static.
-      steps: of PGD, >= 1. Static.
+      steps, restarts: of PGD, >= 1. Static.
       step_size: of PGD, >= 0; None: 2.5 radius / steps. A number or a traced scalar.
-      restarts: of PGD, >= 1. Static.
       key: for the random starts; needed with two restarts or more.
       clip_to: `(lowest, highest)` that an input may be: numbers, or arrays that broadcast to one
         example; None: any.
@@ -145,19 +134,12 @@ def adversarial_accuracy(
       The accuracy, a float32 scalar.
 
     Raises:
-      ValueError: an argument out of its range; shapes that do not fit; labels beyond the classes
-        or inputs beyond `clip_to` (both unless they are traced); restarts without a key.
+      ValueError: an argument out of its range; shapes that do not fit; restarts without a key;
+        labels or inputs out of range (unless they are traced).
       TypeError: inputs that are not floating point, labels that are not integers.
 
-    Guarantees:
-      PGD never finds a higher accuracy than FGSM at the same radius, more restarts never a higher
-      one than fewer, and no radius a higher one than 0 (inside one jit: but for rounding). The
-      points lie in the ball and within `clip_to`, but for rounding.
-
     Edge cases:
-      The slope is that of `log(sum of exp of the other logits) - the label's logit`, whose
-      direction is that of cross-entropy's, and which does not vanish where the model is sure.
-      Logits that are not finite are a wrong answer. Of equal logits the first counts.
+      | logits that are not finite; equal ones | a wrong answer; the first counts |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -166,8 +148,7 @@ def adversarial_accuracy(
       >>> print(optaxclip.adversarial_accuracy(logits, 1.0, x, y, radius=1.0, norm=2))
       0.75
 
-    Source: Goodfellow, Shlens & Szegedy, ICLR 2015 (FGSM); Madry, Makelov, Schmidt, Tsipras &
-    Vladu, ICLR 2018 (PGD).
+    Source: FGSM: Goodfellow et al., ICLR 2015; PGD: Madry et al., ICLR 2018.
     """
     x = inputs_of(x)
     check_radius(radius)

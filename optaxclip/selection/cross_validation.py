@@ -40,73 +40,41 @@ def cross_validate(
 ) -> CrossValidation:
     """Trains with every threshold on every fold, and scores on the examples left out.
 
-    All runs share one compilation, as the threshold is traced: any clipper will do whose bound
-    may be an array, per example too.
+    All runs share one compilation: the threshold is traced. More: `docs/choosing_a_threshold.md`.
 
     Args:
-      make_optimizer: `threshold -> optimizer`, such as
-        `lambda c: optax.chain(optaxclip.clip_by_global_norm(c), optax.adam(1e-3))`. The threshold
-        is a traced scalar.
+      make_optimizer: `threshold -> optimizer`; the threshold is a traced scalar.
       thresholds: the candidates: > 0, increasing; the last may be `inf`.
       init_fn: `key -> params`.
-      loss_fn: `(params, batch) -> scalar`, the mean over the batch: the rows of `data` that were
-        drawn.
+      loss_fn: `(params, batch) -> scalar`, the mean over the rows of `data` that were drawn.
       metric_fn: `(params, examples) -> scalar`, on all examples of a fold at once.
       data: a tree of arrays with one row per example, two rows at least.
-      folds: k >= 2 folds of a random order, that differ by one example at most; a share to hold
-        out once; or (train, validation) pairs of indices, such as
-        `list(StratifiedKFold(5).split(x, y))`.
-      steps: of the optimizer, in each run.
-      batch_size: examples a step, at most as many as the smallest training set has. Batches go
-        through all examples that train in one random order after another.
-      key: for the folds, the start, the batches and `pass_key`. Runs that differ in the
-        threshold alone start alike and see the same batches.
+      folds: k >= 2 folds of a random order; a share to hold out once; or (train, validation) pairs
+        of indices, such as `list(StratifiedKFold(5).split(x, y))`.
+      steps, batch_size: of each run, and examples a step.
+      key: for the folds, the start, the batches and `pass_key`, the same for all thresholds.
       seeds: runs of each threshold and fold.
       mode: whether the highest or the lowest score is best.
-      grad: makes a gradient function of `loss_fn`; `per_example_grad` for a loss of one example,
-        `functools.partial(per_example_grad, keep_batch_dim=True)` for one of a batch.
+      grad: makes a gradient function of `loss_fn`, such as `per_example_grad`.
       pass_key: whether `loss_fn` takes a key as third argument, for dropout.
-      runs_at_once: how many runs a device trains side by side (`vmap`). Default: 1 on CPU, where
-        more is hardly faster, and on accelerators as many as fit into half of the free memory.
-      progress: a line on stderr.
-      resume_dir: where finished runs are kept. Called again with the same arguments, only what
-        is missing is computed.
+      runs_at_once: how many runs a device trains side by side; by default by memory, on CPU 1.
+      progress, resume_dir: a line on stderr; where finished runs are kept, not to be run again.
 
     Returns:
-      A `CrossValidation`: `best`, `one_standard_error` (the strictest threshold within one), and
-      by threshold `mean`, `standard_error`, `failures`, `clip_rate`, `final_norm`; `fold_scores`
-      and `scores` of every run; `to_csv(path)`, `plot(path)`. It prints as a table.
+      A `CrossValidation`: `best`, `one_standard_error` (the strictest threshold within one),
+      `mean`, `scores` and more. It prints as a table. A run that ends as NaN scores `-inf`.
 
     Raises:
-      ValueError: before any training: thresholds that are empty, not positive or not
-        increasing; more folds than examples; data of different lengths; a batch larger than a
-        training set; a metric that is not scalar; the `resume_dir` of another experiment.
-      TypeError: an optimizer that needs the value of its threshold; a count that is no whole
-        number; folds that are no number, share or list of pairs; a key that is none.
-
-    Guarantees:
-      Every example validates once in k folds, and none is left out for an even split. A run's
-      result depends on nothing but its threshold, fold and seed, not on which were computed
-      before: resumed results are those of an uninterrupted search, bit for bit, on the same
-      machine and versions. A run whose score or parameters end as NaN or infinity has failed: it
-      scores `-inf`, and its threshold is chosen only where all others failed as often.
-
-    Edge cases:
-      Runs are spread over all local devices. Clip rate and norm are those of the first clipper in
-      the optimizer. Repeated calls with the same functions and shapes compile nothing; as under
-      `jax.jit`, what the functions close over is then not read again.
+      ValueError, TypeError: before any training, an argument out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
       >>> x = jnp.linspace(-1.0, 1.0, 20)
+      >>> loss = lambda w, batch: jnp.mean((w * batch[0] - batch[1]) ** 2)
       >>> found = optaxclip.cross_validate(
-      ...     lambda c: optax.chain(optaxclip.clip_by_global_norm(c), optax.sgd(0.1)),
-      ...     [0.01, 1.0],
-      ...     init_fn=lambda key: jnp.zeros(()),
-      ...     loss_fn=lambda w, batch: jnp.mean((w * batch[0] - batch[1]) ** 2),
-      ...     metric_fn=lambda w, batch: jnp.mean((w * batch[0] - batch[1]) ** 2),
-      ...     data=(x, 3.0 * x), steps=100, batch_size=8, key=jax.random.key(0), mode="min",
-      ...     progress=False,
+      ...     lambda c: optax.chain(optaxclip.clip_by_global_norm(c), optax.sgd(0.1)), [0.01, 1.0],
+      ...     init_fn=lambda key: jnp.zeros(()), loss_fn=loss, metric_fn=loss, data=(x, 3.0 * x),
+      ...     steps=100, batch_size=8, key=jax.random.key(0), mode="min", progress=False,
       ... )
       >>> print(found.best, found.mean.round(2))
       1.0 [3.1 0. ]

@@ -1,4 +1,12 @@
-"""Where a bound comes from: given, learned from past norms, of elements, or split among groups."""
+"""Where a bound comes from: given, learned from past norms, of elements, or split among groups.
+
+For users is what is imported below. What other rooms import besides, and no more:
+
+* `given`: `as_threshold`, `non_negative`
+* `learned`: `AtMost`, `RelearnAfter`, `relearn_after_of`
+* `rules`: `Mode`, `MovingMean`, `Percentile`, `Quantile`, `Ratio`, `WindowMoments`, `ZScore`
+* `elements`: `SecondMoments`, `Shares`
+"""
 
 from optaxclip.thresholds.given import Context as Context
 from optaxclip.thresholds.given import ElementBounds as ElementBounds

@@ -68,10 +68,11 @@ class Shares:
         # In the warm-up of a leaf its steps count alike, and the 1 it starts from as one more.
         seen = state.level.seen
         rates = jnp.where(seen < self.warmup, 1 / (seen + 2), 1 - self.decay)
-        new_shares, bounds = _shared(
-            updates.arrays, shares, _inverse(norms), levels, rates, groups=groups
+        new_shares = _shared(updates.arrays, shares, _inverse(norms), rates, groups=groups)
+        bounds = ElementBounds(
+            jax.lax.stop_gradient(new_shares), jax.lax.stop_gradient(groups.by_leaf([levels]))
         )
-        return ElementBounds(bounds), SharesState(level, updates.alone(new_shares))
+        return bounds, SharesState(level, updates.alone(new_shares))
 
 
 @once_compiled
@@ -79,15 +80,14 @@ def _shared(
     arrays: list[jax.Array],
     shares: list[jax.Array],
     scales: jax.Array,
-    levels: jax.Array,
     rates: jax.Array,
     *,
     groups: Groups,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The shares after this step, and the bounds that follow."""
-    by_leaf = zip(*(groups.by_leaf([x]) for x in (scales, levels, rates)), strict=True)
-    bounds, new_shares = [], []
-    for x, share, (scale, c, rate) in zip(arrays, shares, by_leaf, strict=True):
+) -> list[jax.Array]:
+    """The shares after this step."""
+    by_leaf = zip(*(groups.by_leaf([x]) for x in (scales, rates)), strict=True)
+    new_shares = []
+    for x, share, (scale, rate) in zip(arrays, shares, by_leaf, strict=True):
         part = _square(x, scale)
         new = jnp.sqrt(jnp.square(share) + rate * (part.astype(share.dtype) - jnp.square(share)))
         # The present step counts, with little weight: were the bounds made from the old shares,
@@ -95,10 +95,8 @@ def _shared(
         # elements (rows of an embedding) keep the share they have when used. NaN is not > 0, and
         # what is infinite has scale 0.
         new = jnp.clip(new, _LEAST, _RISE * share)
-        share = jnp.where(part > 0, new, share)
-        new_shares.append(share)
-        bounds.append(jax.lax.stop_gradient(c * share.astype(c.dtype)))
-    return new_shares, bounds
+        new_shares.append(jnp.where(part > 0, new, share))
+    return new_shares
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,11 +51,18 @@ class Threshold(Protocol):
         ...
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ElementBounds:
     """One bound an element: an array of the shape of each counted leaf."""
 
     arrays: list[jax.Array]
+    scales: list[jax.Array] | None = None
+    """For each leaf a number that its array, then > 0 throughout, is to be multiplied by.
+
+    So statistics need no array of bounds, which a CPU would store: `spam_clip` takes 2.6x Adam for
+    4.9x (25 leaves of 1024x1024).
+    """
 
 
 @runtime_checkable

@@ -89,7 +89,7 @@ def split_by_size(max_norm: Any) -> Threshold:
       TypeError: C is no number, such as a tree.
 
     Edge cases:
-      Inside `jax.shard_map` it goes by the sizes that one device holds.
+      | inside `jax.shard_map` | it goes by the sizes that one device holds |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

@@ -24,7 +24,8 @@ def error_feedback(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips without bias in the long run: what is cut off is added to the next gradient.
 
-    With D the carry, which starts at zero: `h = g + D`, `u = clip(h)`, `D = h - u`.
+    With D the carry, which starts at zero: `h = g + D`, `u = clip(h)`, `D = h - u`. So all updates
+    and the carry add up to the sum of all gradients, but for rounding.
 
     Args:
       clipper: any clipper, alone: not an optimizer, whose steps are no part of the gradient.
@@ -36,17 +37,12 @@ def error_feedback(
     Raises:
       ValueError: updates unlike the tree `init` saw.
 
-    Guarantees:
-      The sum of all updates and the carry is the sum of all gradients, but for rounding. An
-      element of g that is NaN or infinite is not carried, and neither is what comes of it: where
-      h or u is not finite, D stays as it was. So a bad step spoils no later one; what becomes of
-      it itself is the clipper's affair.
-
     Edge cases:
-      The carry grows without end while every gradient exceeds the bound: the bound should exceed
-      the mean gradient, so that it falls again. Clip by norm after a spike, and the direction of
-      the spike is paid back over many steps: against bad batches a guard is better. Integer,
-      float0, None and empty leaves pass through.
+      | every gradient exceeds the bound | D grows without end: take c above the mean gradient |
+      | a spike, clipped by norm | is paid back over many steps: against bad batches use a guard |
+      | NaN, infinity in h or u | D stays as it was there; u is the clipper's affair |
+      | bf16, float16 | D is float32 |
+      | integer, float0, None, empty leaves | pass through |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

@@ -1,5 +1,7 @@
 """SPAM's and Stable-SPAM's clippers: the published rules, and what is kept by element."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from tools import quick
 
 import optaxclip
+from optaxclip.thresholds import ElementBounds
 
 INF = float("inf")
 
@@ -156,6 +159,34 @@ def test_statistics_count_in_bounds():
     assert int(optaxclip.clip_stats(run(tx, steps)[1])["spam_clip"].nonfinite_count) == 1
     untold = optaxclip.clip_stats(run(optaxclip.spam_clip(4.0, stats=False), steps)[1])["spam_clip"]
     assert (untold.pre_clip_norm, int(untold.count)) == (-1, 31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Given bounds of elements, as they are or as a scale and the rest."""
+
+    bounds: tuple[float, ...]
+    scale: float | None = None
+
+    def init(self, norm, params):
+        return ()
+
+    def bound(self, norms, state, context):
+        bounds = jnp.array(self.bounds)
+        if self.scale is None:
+            return ElementBounds([bounds]), state
+        return ElementBounds([bounds / self.scale], [jnp.array(self.scale)]), state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("g", [[0.5, 3.0, -8.0], [0.0, 0.0, 0.0], [1.0, np.nan, 9.0], [1, INF, 2]])
+def test_bounds_with_a_scale_are_those_without(g, dtype):
+    found = []
+    for scale in (None, 4.0):
+        tx = optaxclip.clip_by("element", Fixed((1.0, 2.0, 0.5), scale))
+        updates, state = tx.update(jnp.array(g, dtype), tx.init(jnp.zeros(3)))
+        found.append((jnp.complex64(updates), state.stats))  # NumPy compares NaN of these
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_the_state_is_one_array_like_the_parameters():

@@ -19,6 +19,7 @@ from tools.oracles import norm as exact
 from tools.oracles import unit_norms
 
 from optaxclip import Norm
+from optaxclip.measure import platforms
 
 
 def measure_one(tree, by="global", ord=2, **kw):
@@ -171,6 +172,22 @@ def test_norms_beyond_the_largest_float_are_finite(value):
 def test_nan_wins_over_infinity():
     (norms,) = measure([Norm("global", ord) for ord in ORDS], [np.float32([np.inf, np.nan])])
     assert np.isnan(np.concatenate(norms)).tolist() == [True] * len(ORDS)
+
+
+@pytest.mark.parametrize("column", [1.0, 0.0, 1e-13, 1e-25, 1e25, 1e-33, np.inf, np.nan])
+def test_units_of_large_leaves_stay_in_range(column):
+    """A CPU measures these in another way."""
+    x = np.random.default_rng(3).standard_normal((600, 450))
+    assert x.size >= platforms._LARGE
+    x[:, 7] *= column
+    x[:, 8] = 0
+    small = x[:5, 5:9] + 1e-20
+    norms = [Norm("unit", ord, unit_axes=0) for ord in (1, 2, "rms")]
+    for ord, found in zip(
+        (1, 2, "rms"), *measure(norms, [np.float32(x), np.float32(small)]), strict=True
+    ):
+        expected = np.concatenate([unit_norms(np.float32(y), [0], ord) for y in (x, small)])
+        np.testing.assert_allclose(found, expected, rtol=2e-6, err_msg=str(ord))
 
 
 def test_units_of_different_ranges_do_not_disturb_each_other():
