@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class Leaves:
     def of(cls, tree: Tree, exclude: LeafFn | None = None) -> "Leaves":
         """Raises `TypeError` for a leaf that is no array."""
         arrays, paths, positions = [], [], []
-        for i, (key_path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
+        for i, (key_path, leaf) in enumerate(leaves_with_path(tree)):
             path = path_name(key_path)
             if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
                 raise TypeError(
@@ -66,7 +67,7 @@ class Leaves:
         """The arrays of a state. Raises unless they have the shapes of the counted leaves."""
         arrays = jax.tree.leaves(state)
         if [x.shape for x in arrays] != [x.shape for x in self.arrays]:
-            saw = [(path_name(key_path), x) for key_path, x in jax.tree.leaves_with_path(state)]
+            saw = [(path_name(key_path), x) for key_path, x in leaves_with_path(state)]
             raise ValueError(
                 "updates must have the leaves that init saw, got"
                 f" {first_difference(saw, self.named, ('in init', 'in the updates'))}. Call init"
@@ -119,7 +120,46 @@ def place(path: str) -> str:
 
 
 def path_name(key_path: tuple) -> str:
-    """`"block/dense/kernel"`; the same for a Flax NNX variable and for the array it holds."""
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
+    """`"block/dense/kernel"`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+_VALUE = jax.tree_util.GetAttrKey("value")
+
+
+def leaves_with_path(
+    tree: Tree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[tuple, Any]]:
+    """As `jax.tree.leaves_with_path`, but what Flax wraps around an array adds no key.
+
+    So a leaf has one name in a module of Flax NNX, in its state and in the dict of its arrays.
+    """
+    found = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+    boxes = _boxes()
+    if not boxes or not any(_VALUE in key_path for key_path, _ in found):
+        return found
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, boxes) and not (is_leaf is not None and is_leaf(x))
+
+    unboxed: list[tuple[tuple, Any]] = []
+    outer = jax.tree.leaves_with_path(
+        tree, is_leaf=lambda x: is_box(x) or (is_leaf is not None and is_leaf(x))
+    )
+    for key_path, node in outer:
+        if not is_box(node):
+            unboxed.append((key_path, node))
+            continue
+        children = jax.tree.leaves_with_path(node, is_leaf=lambda x, box=node: x is not box)
+        for (key,), child in children:
+            own = () if key == _VALUE else (key,)
+            inner = leaves_with_path(child, is_leaf)
+            unboxed += [((*key_path, *own, *rest), x) for rest, x in inner]
+    return unboxed
+
+
+def _boxes() -> tuple[type, ...]:
+    """NNX's variables and Linen's boxes: known by type, where Flax was imported at all."""
+    known = ("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata")
+    found = (getattr(sys.modules.get(module), name, None) for module, name in known)
+    return tuple(x for x in found if isinstance(x, type))

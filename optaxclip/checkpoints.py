@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._leaves import Tree, path_name, place
+from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 
 _SHOWN = 10
 
@@ -75,10 +75,12 @@ class _Array(NamedTuple):
 def _arrays(tree: Tree) -> dict[str, _Array]:
     """Every array, by a path that is the same in a tree and in a checkpoint of it."""
     found = {}
-    for key_path, x in jax.tree.leaves_with_path(tree):
+    for (key_path, x), (named, _) in zip(
+        jax.tree.leaves_with_path(tree), leaves_with_path(tree), strict=True
+    ):
         dtype = getattr(x, "dtype", None)
         is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
         # A variable of Flax NNX is a node with one leaf: an attribute, but in a checkpoint a key.
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
-        found[path] = _Array(place(path_name(key_path)), None if is_key else tuple(jnp.shape(x)))
+        path = path_name(key_path).removesuffix("/value")
+        found[path] = _Array(place(path_name(named)), None if is_key else tuple(jnp.shape(x)))
     return found
