@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ LeafFn = Callable[[str, jax.Array], Any]
 """`(path, leaf) -> anything`; the path is a string such as `"block/dense/kernel"`."""
 
 _SHOWN = 3
+_AnyTuple = TypeVar("_AnyTuple", bound=tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,3 +164,20 @@ def _boxes() -> tuple[type, ...]:
     known = ("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata")
     found = (getattr(sys.modules.get(module), name, None) for module, name in known)
     return tuple(x for x in found if isinstance(x, type))
+
+
+def named_node(cls: type[_AnyTuple]) -> type[_AnyTuple]:
+    """Makes of a NamedTuple a node whose first field is no leaf but a name.
+
+    A tuple, so that `flax.serialization` knows it; with keys, so that its arrays are called in a
+    checkpoint as 0.1.0 called them.
+    """
+    _, *fields = cls._fields  # type: ignore[attr-defined]
+    keys = list(map(jax.tree_util.GetAttrKey, fields))
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda node: (list(zip(keys, node[1:], strict=True)), node[0]),
+        lambda name, children: cls(name, *children),
+        lambda node: (node[1:], node[0]),
+    )
+    return cls

@@ -1,14 +1,13 @@
 """`clip_by(norm, threshold, response)`: the one engine behind every clipper, and its state."""
 
 import dataclasses
-import functools
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._leaves import Tree
+from optaxclip._leaves import Tree, named_node
 from optaxclip._numerics import accumulator, once_compiled, scaled, times
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import check_reduced
@@ -38,13 +37,8 @@ Transform: TypeAlias = optax.GradientTransformationExtraArgs
 _SCALARS = [k for k in ClipStats._fields if k not in ("groups", "examples")]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["stats", "threshold_state"],
-    meta_fields=["name"],
-)
-@dataclasses.dataclass(frozen=True)
-class ClipState:
+@named_node
+class ClipState(NamedTuple):
     """State of a clipper: its statistics and whatever its threshold remembers."""
 
     name: str
@@ -208,7 +202,8 @@ def _unwrapped(stats: ClipStats) -> ClipStats:
     fields = {k: jax.tree.leaves(x)[0] for k, x in zip(_SCALARS, stats, strict=False)}
     groups, examples = stats.groups, stats.examples
     if groups is not None:
-        groups = GroupStats(groups.names, *jax.tree.leaves(groups))
+        named = isinstance(groups, GroupStats)  # not of a tree without leaves
+        groups = GroupStats(groups.names, *jax.tree.leaves(groups)) if named else None
     if examples is not None:
         examples = ExampleStats(*jax.tree.leaves(examples))
     return ClipStats(**fields, groups=groups, examples=examples)
