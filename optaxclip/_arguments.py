@@ -3,12 +3,32 @@
 What is traced has no value yet, and is taken as it is.
 """
 
+import dataclasses
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+_Part = TypeVar("_Part")
+
+
+def narrowed(part: _Part) -> _Part:
+    """A dataclass whose numbers widen no float32: NumPy's become Python's, arrays of 64 bits 32."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, np.generic | np.ndarray) and x.ndim == 0:
+            return x.item()
+        wide = isinstance(x, jax.Array) and x.dtype == jnp.float64
+        return x.astype(jnp.float32) if wide else x
+
+    if not dataclasses.is_dataclass(part):
+        return part
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    changed = {name: one(x) for name, x in fields.items() if one(x) is not x}
+    return dataclasses.replace(part, **changed) if changed else part  # type: ignore[type-var]
 
 
 def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree, named_node
-from optaxclip._numerics import accumulator, once_compiled, scaled, times
+from optaxclip._numerics import accumulator, once_compiled, rounded, scaled, times
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import check_reduced
 from optaxclip.measure.norms import By, Norm
@@ -278,8 +278,9 @@ def _clip_elements(
     x: jax.Array, largest: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
 ) -> jax.Array:
     if response == Rescale() and not jnp.iscomplexobj(x):
-        bound = bound.astype(x.dtype)
-        clipped = jnp.clip(x, -bound, bound)
+        wide = x.astype(accumulator(x.dtype)) if x.dtype.itemsize == 1 else x
+        bound = bound.astype(wide.dtype)
+        clipped = rounded(jnp.clip(wide, -bound, bound), x.dtype)
     else:
         modulus = jnp.abs(x).astype(accumulator(x.dtype))
         bound = bound.astype(modulus.dtype)

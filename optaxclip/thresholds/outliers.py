@@ -22,7 +22,7 @@ def mean_plus_std(
 
     Returns:
       A `Threshold`. In the warm-up it is twice the median norm so far (with `relearn_after`; else
-      infinite). A norm beyond it is never learned from.
+      the largest float). A norm beyond it is never learned from.
 
     Raises:
       ValueError: an argument out of its range.

@@ -116,7 +116,7 @@ class SkipOutliersState(NamedTuple):
     norm: jax.Array
     """The last gradient's norm, float32."""
     threshold: jax.Array
-    """What it was held to, float32; inf while nothing is known."""
+    """What it was held to, float32; the largest float while nothing is known."""
     threshold_state: Tree
 
 
