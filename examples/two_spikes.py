@@ -9,7 +9,7 @@
 A small network learns a function of 32 of its inputs in both. Each run is shown without the line,
 with the same for the gradient, which does little here, and with it.
 
-    python examples/two_spikes.py             # a few seconds on 2 cores
+    python examples/two_spikes.py             # half a minute on 2 cores
 
 A table goes to the terminal, `two_spikes.png` and `results.json` to the folder `--out`.
 """
