@@ -12,7 +12,7 @@ from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 _SHOWN = 10
 # What states have that those of 0.1.0 had not, besides `ordered`, which follows from `recent`.
 _NEW = ("seen_count", "nonfinite/step", "beyond_count")
-_OF_0_1_0 = "If 0.1.0 wrote it, use optaxclip.checkpoints.from_0_1_0(saved, state). Otherwise:\n"
+_OF_0_1_0 = " If 0.1.0 wrote it, use optaxclip.checkpoints.from_0_1_0(saved, state)."
 
 
 def check_saved_state(saved: Tree, state: Tree) -> None:
@@ -67,9 +67,9 @@ def check_saved_state(saved: Tree, state: Tree) -> None:
         listed = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
         listed += f"\n  and {more} more" if more > 0 else ""
         raise ValueError(
-            f"the checkpoint must hold the state to restore, got\n{listed}\n{_OF_0_1_0 * old}Build"
-            " the optimizer with the clippers and settings of the run that wrote it, or restore the"
-            " rest and keep what `init` gives for these."
+            f"the checkpoint must hold the state to restore, got\n{listed}\nBuild the optimizer"
+            " with the clippers and settings of the run that wrote it, or restore the rest and"
+            f" keep what `init` gives for these.{_OF_0_1_0 * old}"
         )
 
 

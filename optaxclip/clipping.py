@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._leaves import Tree, named_node
+from optaxclip._leaves import Tree, named_node, path_name, place
 from optaxclip._numerics import accumulator, once_compiled, rounded, scaled, times
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import check_reduced
@@ -52,7 +52,7 @@ def clip_by(
     response: str | Response = "rescale",
     *,
     nonfinite: NonFinite = "propagate",
-    stats: bool = True,
+    stats: bool | Literal["every"] = True,
     name: str | None = None,
 ) -> Transform:
     """A clipper from its three parts: what is measured, how large it may be, what then.
@@ -72,7 +72,8 @@ def clip_by(
         `"zero"`: the group becomes zeros (for elements, just these elements). Either way the step
         is counted. To drop the whole step use `skip_nonfinite`.
       stats: False leaves the statistics out, for elementwise clippers alone, where measuring
-        costs a pass over the gradient; norms, factor and counters are then -1.
+        costs a pass over the gradient; norms, factor and counters are then -1. `"every"` keeps
+        statistics of each leaf, unit or label however many there are; True of up to 256.
       name: how `clip_stats` calls this clipper.
 
     Returns:
@@ -117,7 +118,8 @@ def clip_by(
 
     def init_fn(params: Tree) -> ClipState:
         groups = measured.groups(measured.leaves(params))
-        return ClipState(name, empty_stats(measured, groups), limit.init(measured, params))
+        first = empty_stats(measured, groups, every=stats == "every")
+        return ClipState(name, first, limit.init(measured, params))
 
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
@@ -136,7 +138,7 @@ def clip_by(
                 ' "element" as the norm.'
             )
         settings: dict[str, Any] = {
-            "response": answer, "nonfinite": nonfinite, "groups": groups, "recorded": stats
+            "response": answer, "nonfinite": nonfinite, "groups": groups, "recorded": bool(stats)
         }  # fmt: skip
         if not isinstance(found, ElementBounds):
             found = groups.blocks_of(found)
@@ -174,9 +176,11 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
       opt_state: the state of an optimizer, or any tree that holds it.
 
     Returns:
-      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger, drop
-      the fields that are no scalars: `{f"{name}/{k}": v for name, s in stats.items() for k, v in
-      s._asdict().items() if k not in ("groups", "examples")}`.
+      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger see
+      `clip_scalars`.
+
+    Raises:
+      ValueError: a state that has lost its types, and so its names: `nnx.state(optimizer)`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -194,6 +198,16 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
             while key in found:
                 key, repeat = f"{node.name}_{repeat}", repeat + 1
             found[key] = _unwrapped(node.stats)
+    if not found:
+        lost = jax.tree_util.DictKey("pre_clip_norm")
+        for key_path, _ in jax.tree.leaves_with_path(opt_state):
+            if lost in key_path:
+                raise ValueError(
+                    "the state of a clipper must have its type, which holds its name, got dicts at"
+                    f" {place(path_name(key_path[: key_path.index(lost)]))}. Pass"
+                    " optimizer.opt_state instead of nnx.state(optimizer), or restore into"
+                    " optimizer.init(params)."
+                )
     return found
 
 

@@ -68,20 +68,20 @@ class ClipStats(NamedTuple):
     nonfinite_count: jax.Array
     """Steps on which some element was NaN or infinite."""
     groups: GroupStats | None = None
-    """Group by group, for 2 to 256 leaves, units or labels; else None."""
+    """Group by group, for 2 to 256 leaves, units or labels (`stats="every"`: more); else None."""
     examples: ExampleStats | None = None
     """Of an aggregator of per-example gradients; else None."""
 
 
-def empty_stats(norm: Norm, groups: Groups) -> ClipStats:
-    """The statistics before the first step."""
+def empty_stats(norm: Norm, groups: Groups, *, every: bool = False) -> ClipStats:
+    """The statistics before the first step; `every`: of more than 256 groups each, too."""
     by_group: Any = None
     several = norm.by in ("leaf", "unit", "group")
     if several and not groups.paths:
         # One leaf where other trees have a node: `optax.tree_map_params` takes its map of a state
         # from init of a tree without leaves.
         by_group = jnp.zeros((), jnp.float32)
-    if several and 1 < groups.size <= _MAX_RECORDED:
+    if several and groups.size > 1 and (every or groups.size <= _MAX_RECORDED):
         by_group = GroupStats(
             groups.names,
             jnp.zeros(groups.size, jnp.float32),
