@@ -27,6 +27,12 @@ def narrowed(part: _Part) -> _Part:
     if not dataclasses.is_dataclass(part):
         return part
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    decay = fields.get("decay")
+    if isinstance(decay, jax.Array) and decay.dtype.itemsize < 4:
+        raise TypeError(
+            f"decay must be of 32 bits, for 0.999 is 1 in fewer, got {decay.dtype}. With"
+            " optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+        )
     changed = {name: one(x) for name, x in fields.items() if one(x) is not x}
     return dataclasses.replace(part, **changed) if changed else part  # type: ignore[type-var]
 
@@ -34,8 +40,12 @@ def narrowed(part: _Part) -> _Part:
 def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
     """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
     is_schedule = schedule and callable(value) and not isinstance(value, type)
-    if is_schedule or isinstance(value, jax.Array | np.ndarray):
+    if is_schedule or isinstance(value, jax.Array):
         return
+    if isinstance(value, np.ndarray):
+        if value.ndim:  # refused where the bound is used, by a message about trees
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{argument} must be a number{', a schedule' if schedule else ''} or a scalar array,"

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Tree = Any
 LeafFn = Callable[[str, jax.Array], Any]
@@ -57,6 +58,16 @@ class Leaves:
             leaves[i] = array
         return jax.tree.unflatten(treedef, leaves)
 
+    def among(self, paths: Sequence[str]) -> "Leaves":
+        """Those of these paths."""
+        kept = [i for i, path in enumerate(self.paths) if path in set(paths)]
+        return Leaves(
+            [self.arrays[i] for i in kept],
+            [self.paths[i] for i in kept],
+            [self.positions[i] for i in kept],
+            self.tree,
+        )
+
     def alone(self, arrays: Sequence[Any]) -> Tree:
         """The tree with its counted leaves replaced by `arrays`, and None for all others."""
         leaves: list[Any] = [None] * len(jax.tree.leaves(self.tree))
@@ -84,6 +95,12 @@ class Leaves:
         return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing was set aside by `optax.masked` or `optax.partition`."""
+        nodes = jax.tree.leaves(self.tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        return not any(isinstance(x, optax.MaskedNode) for x in nodes)
+
+    @property
     def named(self) -> list[tuple[str, jax.Array]]:
         """Path and array of each counted leaf."""
         return list(zip(self.paths, self.arrays, strict=True))
@@ -95,7 +112,9 @@ class Leaves:
     def from_prefix(self, prefix: Tree, argument: str) -> list:
         """The entry of the tree prefix `prefix` that covers each counted leaf."""
         try:
-            entries = jax.tree.leaves(jax.tree.broadcast(prefix, self.tree))
+            entries = jax.tree.leaves(
+                jax.tree.broadcast(_without_masked(prefix, self.tree), self.tree)
+            )
         except ValueError as error:
             detail = str(error).replace("broadcast_prefix prefix_tree", argument)
             raise ValueError(
@@ -103,6 +122,20 @@ class Leaves:
                 f"Give {argument} the structure of the parameters, cut off at any node."
             ) from None
         return [entries[i] for i in self.positions]
+
+
+def _without_masked(prefix: Tree, tree: Tree) -> Tree:
+    """The prefix without what `optax.masked` or `optax.partition` have set aside in the tree."""
+    if isinstance(tree, optax.MaskedNode):
+        return tree
+    (entries, kind), (nodes, own) = map(_one_level, (prefix, tree))
+    if kind != own or jax.tree_util.treedef_is_leaf(kind):
+        return prefix
+    return jax.tree.unflatten(kind, map(_without_masked, entries, nodes))
+
+
+def _one_level(node: Tree) -> tuple[list, Any]:
+    return jax.tree.flatten(node, is_leaf=lambda x: x is not node)
 
 
 def first_difference(

@@ -46,6 +46,15 @@ class ClipState(NamedTuple):
     threshold_state: Tree
 
 
+def check_state(state: Any) -> None:
+    """Raises for what did not come from `init`."""
+    if not isinstance(state, ClipState):
+        raise TypeError(
+            f"the state of a clipper must come from its init, got {type(state).__name__}. Call"
+            " state = tx.init(params) once, and pass on the state that update returns."
+        )
+
+
 def clip_by(
     norm: By | Norm,
     threshold: Any,
@@ -124,6 +133,7 @@ def clip_by(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
+        check_state(state)
         leaves = measured.leaves(updates)
         groups = measured.groups(leaves)
         check_same_groups(state.stats, groups)

@@ -43,7 +43,9 @@ def check_reduced(updates: Leaves, params: Tree) -> None:
             raise ValueError(
                 f"a gradient must vary over the mesh axes of its parameter, got {place(path)}"
                 f" varying over {extra}, where the parameter is the same on all devices. Reduce it"
-                f" before it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum."
+                f" before it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum. If each"
+                " device shall hold a part of it (reduce-scatter), pass the same part of the"
+                " parameters, or none."
             )
 
 

@@ -15,7 +15,7 @@ from optax.experimental import aggregating
 
 from optaxclip._leaves import Leaves, Tree
 from optaxclip._numerics import UNKNOWN, accumulator, maximum_of, root
-from optaxclip.clipping import ClipState, answered
+from optaxclip.clipping import ClipState, answered, check_state
 from optaxclip.measure.norms import Norm
 from optaxclip.measure.statistics import empty_stats, record
 from optaxclip.per_example.cancellation import Terms, settled
@@ -124,6 +124,7 @@ def aggregator(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
+        check_state(state)
         incoming = Incoming.of(updates, params)
         leaves = WHOLE.leaves(incoming.like)
         groups = WHOLE.groups(leaves)
