@@ -32,7 +32,9 @@ from optaxclip.clipping import clip_by as clip_by
 from optaxclip.clipping import clip_stats as clip_stats
 from optaxclip.losses import phuber_cross_entropy as phuber_cross_entropy
 from optaxclip.measure.norms import Norm as Norm
+from optaxclip.measure.units import equinox_unit_axes as equinox_unit_axes
 from optaxclip.measure.units import flax_unit_axes as flax_unit_axes
+from optaxclip.measure.units import haiku_unit_axes as haiku_unit_axes
 from optaxclip.per_example import clip_per_example as clip_per_example
 from optaxclip.per_example import clipped_grad as clipped_grad
 from optaxclip.per_example import clipped_value_and_grad as clipped_value_and_grad
