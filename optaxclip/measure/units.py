@@ -1,12 +1,13 @@
 """Which axes of a parameter one unit (row, filter, head) spans: by rank, or by libraries' names."""
 
 import operator
+import sys
 from collections.abc import Collection
 from typing import Any, Literal
 
 import jax
 
-from optaxclip._leaves import LeafFn, place
+from optaxclip._leaves import LeafFn, Tree, leaves_with_path, path_name, place
 
 UnitAxes = Literal["auto"] | int | tuple[int, ...] | LeafFn
 
@@ -31,6 +32,46 @@ def resolve(unit_axes: UnitAxes, path: str, x: Any) -> tuple[int, ...]:
             f" {place(path)}. Use 'auto', an int, a tuple, or a function (path, leaf) -> axes."
         )
     return tuple(sorted({a % x.ndim for a in axes}))
+
+
+# The rank of what one layer of Equinox holds, by the name of its type and of the parameter.
+_EQUINOX = {
+    "Linear": {"weight": 2, "bias": 1},
+    "Embedding": {"weight": 2},
+    "GRUCell": {"weight_ih": 2, "weight_hh": 2, "bias": 1, "bias_n": 1},
+    "LSTMCell": {"weight_ih": 2, "weight_hh": 2, "bias": 1},
+    **{
+        f"{kind}{n}d": {"weight": n + 2, "bias": n + 1}
+        for kind in ("Conv", "ConvTranspose")
+        for n in (1, 2, 3)
+    },
+}
+
+
+def by_layer(tree: Tree) -> LeafFn:
+    """The rule by rank, but of Equinox's layers, which are known by type, each row is a unit.
+
+    Layers may be stacked along axes in front.
+    """
+    layers = getattr(sys.modules.get("equinox"), "nn", None)
+    kinds = {getattr(layers, name): own for name, own in _EQUINOX.items()} if layers else {}
+    found = leaves_with_path(tree, lambda x: isinstance(x, tuple(kinds))) if kinds else []
+    ranks = {
+        path_name((*key_path, jax.tree_util.GetAttrKey(name))): (rank, name)
+        for key_path, node in found
+        for kind, own in kinds.items()
+        if isinstance(node, kind)
+        for name, rank in own.items()
+    }
+
+    def axes(path: str, x: Any) -> tuple[int, ...]:
+        if path not in ranks:
+            return by_rank(path, x)
+        rank, name = ranks[path]
+        of_one = tuple(range(x.ndim - rank, x.ndim))
+        return of_one[1:] if name.startswith("weight") else of_one
+
+    return axes
 
 
 def by_rank(path: str, x: Any) -> tuple[int, ...]:
@@ -109,7 +150,8 @@ def equinox_unit_axes(
     | Embedding weight | (vocabulary, d) | one row | 1 |
     | weight below a name with "norm", bias, and any other | (d,) or (out, 1, 1) | the whole | all |
 
-    `"auto"` guesses by rank what Flax stores, (in, out): of these it makes each column a unit.
+    `"auto"` knows Equinox's own layers by type. Of any others it guesses by rank what Flax stores,
+    (in, out), and makes each column a unit.
 
     Args:
       path: the leaf's path, such as `"layers/0/weight"`.

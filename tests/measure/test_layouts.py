@@ -45,6 +45,25 @@ def test_equinox(name):
     assert found == {f"the_{name}/{k}": axes for k, axes in expected.items()}
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_auto_knows_equinox_by_type(name):
+    """Alone, and three layers stacked; norms are no layers, and vectors are whole by rank too."""
+    make, expected = LAYERS[name]
+    if name == "norm":
+        return
+    layer = eqx.filter_eval_shape(make, jax.random.key(0))
+    tree = eqx.filter(layer, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    norm = optaxclip.Norm("unit")
+    leaves = norm.leaves({"a": [tree]})
+    found = dict(zip(leaves.paths, norm.groups(leaves).unit_axes, strict=True))
+    assert found == {f"a/0/{k}": axes for k, axes in expected.items()}
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), tree)
+    leaves = norm.leaves(stacked)
+    found = dict(zip(leaves.paths, norm.groups(leaves).unit_axes, strict=True))
+    if name != "activation":
+        assert found == {k: tuple(a + 1 for a in axes) for k, axes in expected.items()}
+
+
 def test_equinox_layers_stacked_by_vmap():
     keys = jax.random.split(jax.random.key(0), 3)
     layers = jax.eval_shape(jax.vmap(lambda key: nn.Linear(3, 2, key=key)), keys)
