@@ -27,7 +27,16 @@ AGGREGATORS = {
     ),
     "trimmed": lambda: optaxclip.per_example.trim_by_norm(0.1),
 }
-MAKE = {**{name: lambda name=name: make(name) for name in CLIPPERS}, **AGGREGATORS}
+OTHERS = {
+    "watch": lambda: optaxclip.watch_norms(depth=2),
+    "guard-of-all": lambda: optaxclip.skip_outliers(
+        optax.adam(1e-3), of=("gradient", "update", "loss")
+    ),
+    "guard-published": lambda: optaxclip.skip_outliers(
+        optax.identity(), optaxclip.thresholds.as_published("levanter"), of="loss"
+    ),
+}
+MAKE = {**{name: lambda name=name: make(name) for name in CLIPPERS}, **AGGREGATORS, **OTHERS}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tools.clippers import CLIPPERS, example_tree, make
 from tools.quick import quick_jit
@@ -23,7 +24,17 @@ AGGREGATORS = {
     "median": lambda: per_example.coordinate_median(),
     "trimmed-coordinates": lambda: per_example.coordinate_trimmed_mean(0.1),
 }
-MAKE = {**{name: lambda name=name: make(name) for name in CLIPPERS}, **AGGREGATORS}
+OTHERS = {
+    "watch": lambda: optaxclip.watch_norms(depth=2),
+    "guard-of-all": lambda: optaxclip.skip_outliers(
+        optax.trace(0.9), of=("gradient", "update", "loss")
+    ),
+    "guard-published": lambda: optaxclip.skip_outliers(
+        optax.identity(), optaxclip.thresholds.as_published("levanter"), of=("loss", "gradient")
+    ),
+    "passed": lambda: optaxclip.clip_by_global_norm(optaxclip.thresholds.Passed("loss")),
+}
+MAKE = {**{name: lambda name=name: make(name) for name in CLIPPERS}, **AGGREGATORS, **OTHERS}
 every = pytest.mark.parametrize("name", MAKE)
 STEPS = 3
 
@@ -38,11 +49,16 @@ def steps_of(name, dtype=np.float32):
     return jax.tree.map(lambda x: x[:STEPS], rows)
 
 
+def tx_takes_more(tx):
+    return isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
 def train(tx, params, grads):
     """Init and some steps in a scan, which holds states to their types."""
+    extra = {"loss": jnp.float32(0.5)} if tx_takes_more(tx) else {}
 
     def step(state, g):
-        updates, state = tx.update(g, state, params)
+        updates, state = tx.update(g, state, params, **extra)
         return state, updates
 
     return jax.lax.scan(step, tx.init(params), grads)
@@ -67,7 +83,8 @@ def test_no_nan_and_no_infinity(name):
     first = jax.tree.map(lambda x: jnp.asarray(x[0]), grads)
     tx = MAKE[name]()
     with jax.debug_nans(True), jax.debug_infs(True):
-        jax.block_until_ready(tx.update(first, tx.init(params), params))
+        extra = {"loss": jnp.float32(0.5)} if tx_takes_more(tx) else {}
+        jax.block_until_ready(tx.update(first, tx.init(params), params, **extra))
         quick_jit(lambda p, g: train(tx, p, g))(params, grads)
 
 
