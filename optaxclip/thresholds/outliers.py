@@ -146,8 +146,8 @@ def as_published(which: Published, num_stds: Any = 6.0, *, window: int = 128) ->
       >>> rule = as_published("olmo-core")
       >>> tx = optaxclip.skip_outliers(optax.adam(1e-3), rule, of=("gradient", "loss"))
 
-    Source: `SkipStepOptimizer` of OLMo-core, `skip_step_on_spikes` of MaxText, `SkipStepConfig` of
-    Levanter.
+    Source: `SkipStepOptimizer` of OLMo-core (c757b7c; before, it took `|n - mean|`),
+    `skip_step_on_spikes` of MaxText, `SkipStepConfig` of Levanter.
     """
     if which not in get_args(Published):
         raise ValueError(f"unknown rule, got {which!r}. Use one of {get_args(Published)}.")

@@ -9,54 +9,13 @@ import optax
 import pytest
 from tools import quick
 from tools.oracles import assert_same_bits
+from tools.skip_steps import published, stream, through
 
 import optaxclip
 from optaxclip import Norm, raise_if_stuck, skip_nonfinite, skip_outliers
 from optaxclip.thresholds import as_published, mean_plus_std_of_values
 
 SGD = optax.sgd(1.0)
-
-
-def run(tx, norms, losses):
-    """In one program: whether each step happened, and the last state."""
-    params = {"w": jnp.ones(2)}
-
-    def step(state, row):
-        n, loss = row
-        grads = {"w": n * jnp.array([0.6, 0.8])}
-        updates, state = tx.update(grads, state, params, loss=loss)
-        return state, (updates["w"][0] != 0, state.norm, state.threshold)
-
-    state, (happened, seen, bounds) = jax.lax.scan(step, tx.init(params), (norms, losses))
-    return happened, seen, bounds, state
-
-
-def stream(seed, length=300):
-    rng = np.random.default_rng(seed)
-    losses = 3 + 0.1 * rng.standard_normal(length)
-    norms = np.exp(0.2 * rng.standard_normal(length))
-    losses[[90, 150, 151, 250]] += [4, 0.9, 2, -4]
-    norms[[30, 120, 200]] *= [9, 12, 3]
-    return np.float32(norms), np.float32(losses)
-
-
-def published(which, norms, losses, window, k):
-    """The rules as their authors wrote them, with lists: whether each step happens."""
-    happened, past = [], []
-    for n, loss in zip(np.float64(norms), np.float64(losses), strict=True):
-        if which == "levanter":
-            recent = np.array(past[-(window + 1) :]).reshape(-1, 2)
-            ready = len(past) >= max(2, window // 2)
-            limit = lambda x: x.mean() + k * max(x.std(), 1e-6)
-        else:  # the count holds the present step
-            recent = np.array(past[-window:]).reshape(-1, 2)
-            ready = len(past) + 1 >= max(2, window // 2)
-            limit = lambda x: x.mean() + k * x.std(ddof=1)
-        ok = not ready or (n <= limit(recent[:, 0]) and loss <= limit(recent[:, 1]))
-        bounds = [limit(recent[:, i]) if ready else np.inf for i in (0, 1)]
-        happened.append((ok, *bounds))
-        past.append((n, loss))
-    return np.array(happened)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
@@ -66,7 +25,7 @@ def test_the_published_rules_to_the_letter(which, sign):
     norms, losses = stream(0)
     losses = losses - 6 * (sign < 0)
     tx = skip_outliers(SGD, as_published(which, 3.0, window=32), of=("gradient", "loss"))
-    happened, seen, bounds, state = quick.run(functools.partial(run, tx), norms, losses)
+    happened, seen, bounds, state = quick.run(functools.partial(through, tx), norms, losses)
     expected = published(which, norms, losses, 32, 3.0)
     np.testing.assert_array_equal(happened, expected[:, 0])
     assert 4 <= np.sum(~happened) < 20
@@ -85,7 +44,7 @@ def test_a_loss_that_spikes_is_skipped_and_not_learned():
     losses = np.float32([*[2.0, 2.1, 1.9] * 30, *[50.0] * 5, 2.0])
     norms = np.ones_like(losses)
     tx = skip_outliers(SGD, mean_plus_std_of_values(window=16), of="loss")
-    happened, _, bounds, state = quick.run(functools.partial(run, tx), norms, losses)
+    happened, _, bounds, state = quick.run(functools.partial(through, tx), norms, losses)
     assert happened.tolist() == [True] * 90 + [False] * 5 + [True]
     assert bounds[-1] < 3
     assert int(state.beyond_count) == 5
@@ -94,7 +53,7 @@ def test_a_loss_that_spikes_is_skipped_and_not_learned():
 def test_a_level_of_losses_that_has_changed_is_learned():
     losses = np.float32([1.0, 1.1] * 20 + [5.0, 5.1] * 20)
     tx = skip_outliers(SGD, mean_plus_std_of_values(window=8, relearn_after=6), of="loss")
-    happened, *_ = quick.run(functools.partial(run, tx), np.ones_like(losses), losses)
+    happened, *_ = quick.run(functools.partial(through, tx), np.ones_like(losses), losses)
     assert happened.tolist() == [True] * 40 + [False] * 6 + [True] * 34
 
 
@@ -106,7 +65,7 @@ def test_a_loss_that_is_not_finite_is_skipped_whatever_is_known(bad):
         skip_outliers(SGD, of=("loss", "gradient")),
         skip_outliers(SGD, as_published("olmo-core"), of="loss"),
     ):
-        happened, _, _, state = quick.run(functools.partial(run, tx), np.ones(4), losses)
+        happened, _, _, state = quick.run(functools.partial(through, tx), np.ones(4), losses)
         assert happened.tolist() == [False, True, False, True]
         assert dict(zip(state.nonfinite.names, state.nonfinite.step, strict=True))["loss"] == 0
     params = {"w": np.ones(1, np.float32)}
