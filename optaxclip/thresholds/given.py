@@ -185,7 +185,9 @@ class ParamNorm:
         updates = context.updates
         # A whole Equinox model holds functions, and perhaps arrays that are not trained.
         arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, context.params)
-        params = context.norm.leaves(arrays).among(updates.paths)
+        params = context.norm.leaves(arrays)
+        if set(updates.paths) < set(params.paths):
+            params = params.among(updates.paths)
         shapes = [x.shape for x in params.arrays]
         if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
             where = "in params", "in updates"
