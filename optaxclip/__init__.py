@@ -6,6 +6,7 @@ from optaxclip import losses as losses
 from optaxclip import per_example as per_example
 from optaxclip import responses as responses
 from optaxclip import robustness as robustness
+from optaxclip import scalars as scalars
 from optaxclip import selection as selection
 from optaxclip import testing as testing
 from optaxclip import thresholds as thresholds
@@ -31,7 +32,9 @@ from optaxclip.clipping import clip_by as clip_by
 from optaxclip.clipping import clip_stats as clip_stats
 from optaxclip.losses import phuber_cross_entropy as phuber_cross_entropy
 from optaxclip.measure.norms import Norm as Norm
+from optaxclip.measure.units import equinox_unit_axes as equinox_unit_axes
 from optaxclip.measure.units import flax_unit_axes as flax_unit_axes
+from optaxclip.measure.units import haiku_unit_axes as haiku_unit_axes
 from optaxclip.per_example import clip_per_example as clip_per_example
 from optaxclip.per_example import clipped_grad as clipped_grad
 from optaxclip.per_example import clipped_value_and_grad as clipped_value_and_grad
@@ -42,6 +45,8 @@ from optaxclip.per_example import per_example_value_and_grad as per_example_valu
 from optaxclip.per_example import register_rule as register_rule
 from optaxclip.robustness import adversarial_accuracy as adversarial_accuracy
 from optaxclip.robustness import input_sensitivity as input_sensitivity
+from optaxclip.scalars import clip_scalars as clip_scalars
+from optaxclip.scalars import watch_norms as watch_norms
 from optaxclip.selection import cross_validate as cross_validate
 from optaxclip.selection import suggest_threshold as suggest_threshold
 from optaxclip.wrappers.error_feedback import error_feedback as error_feedback

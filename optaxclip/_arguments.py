@@ -3,19 +3,49 @@
 What is traced has no value yet, and is taken as it is.
 """
 
+import dataclasses
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+_Part = TypeVar("_Part")
+
+
+def narrowed(part: _Part) -> _Part:
+    """A dataclass whose numbers widen no float32: NumPy's become Python's, arrays of 64 bits 32."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, np.generic | np.ndarray) and x.ndim == 0:
+            return x.item()
+        wide = isinstance(x, jax.Array) and x.dtype == jnp.float64
+        return x.astype(jnp.float32) if wide else x
+
+    if not dataclasses.is_dataclass(part):
+        return part
+    fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    decay = fields.get("decay")
+    if isinstance(decay, jax.Array) and decay.dtype.itemsize < 4:
+        raise TypeError(
+            f"decay must be of 32 bits, for 0.999 is 1 in fewer, got {decay.dtype}. With"
+            " optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+        )
+    changed = {name: one(x) for name, x in fields.items() if one(x) is not x}
+    return dataclasses.replace(part, **changed) if changed else part  # type: ignore[type-var]
 
 
 def check_bound(value: Any, argument: str, *, schedule: bool = True) -> None:
     """Raises unless `value` may be a bound: a number >= 0, an array, or a schedule."""
     is_schedule = schedule and callable(value) and not isinstance(value, type)
-    if is_schedule or isinstance(value, jax.Array | np.ndarray):
+    if is_schedule or isinstance(value, jax.Array):
         return
+    if isinstance(value, np.ndarray):
+        if value.ndim:  # refused where the bound is used, by a message about trees
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{argument} must be a number{', a schedule' if schedule else ''} or a scalar array,"

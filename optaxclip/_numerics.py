@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+UNKNOWN = float(np.finfo(np.float32).max)
+"""Stands in states for a norm or a bound that is not known: an infinity would stop a program under
+`jax_debug_infs`. 0.1.0 had one there, which counts as unknown too."""
+
 
 def accumulator(dtype: Any) -> Any:
     """The real dtype in which numbers of `dtype` are added: float32, or float64 for 64 bits."""
@@ -34,7 +38,15 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """`x * factor`, rounded once to the dtype of x."""
     wide = x if jnp.iscomplexobj(x) else x.astype(accumulator(x.dtype))
-    return times(wide, factor).astype(x.dtype)
+    return rounded(times(wide, factor), x.dtype)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """In another dtype; of 8 bits, where infinity may be NaN, its largest stands for more."""
+    if dtype.itemsize == 1:
+        largest = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+    return x.astype(dtype)
 
 
 def root(x: jax.Array) -> jax.Array:

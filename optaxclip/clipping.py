@@ -1,16 +1,15 @@
 """`clip_by(norm, threshold, response)`: the one engine behind every clipper, and its state."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._leaves import Tree
-from optaxclip._numerics import accumulator, once_compiled, scaled, times
+from optaxclip._leaves import Tree, named_node, path_name, place
+from optaxclip._numerics import accumulator, once_compiled, rounded, scaled, times
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import check_reduced
 from optaxclip.measure.norms import By, Norm
@@ -39,18 +38,22 @@ Transform: TypeAlias = optax.GradientTransformationExtraArgs
 _SCALARS = [k for k in ClipStats._fields if k not in ("groups", "examples")]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["stats", "threshold_state"],
-    meta_fields=["name"],
-)
-@dataclasses.dataclass(frozen=True)
-class ClipState:
+@named_node
+class ClipState(NamedTuple):
     """State of a clipper: its statistics and whatever its threshold remembers."""
 
     name: str
     stats: ClipStats
     threshold_state: Tree
+
+
+def check_state(state: Any) -> None:
+    """Raises for what did not come from `init`."""
+    if not isinstance(state, ClipState):
+        raise TypeError(
+            f"the state of a clipper must come from its init, got {type(state).__name__}. Call"
+            " state = tx.init(params) once, and pass on the state that update returns."
+        )
 
 
 def clip_by(
@@ -59,7 +62,7 @@ def clip_by(
     response: str | Response = "rescale",
     *,
     nonfinite: NonFinite = "propagate",
-    stats: bool = True,
+    stats: bool | Literal["every"] = True,
     name: str | None = None,
 ) -> Transform:
     """A clipper from its three parts: what is measured, how large it may be, what then.
@@ -74,8 +77,8 @@ def clip_by(
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
       nonfinite: `"propagate"` or `"zero"`, see below. To drop the whole step use `skip_nonfinite`.
-      stats: False leaves the statistics out, for elementwise clippers alone, where measuring
-        costs a pass over the gradient; norms, factor and counters are then -1.
+      stats: False, for elementwise clippers alone, saves a pass over the gradient; norms, factor
+        and counters are then -1. `"every"` keeps statistics of more than 256 groups, too.
       name: how `clip_stats` calls this clipper.
 
     Returns:
@@ -117,11 +120,13 @@ def clip_by(
 
     def init_fn(params: Tree) -> ClipState:
         groups = measured.groups(measured.leaves(params))
-        return ClipState(name, empty_stats(measured, groups), limit.init(measured, params))
+        first = empty_stats(measured, groups, every=stats == "every")
+        return ClipState(name, first, limit.init(measured, params))
 
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
+        check_state(state)
         leaves = measured.leaves(updates)
         groups = measured.groups(leaves)
         check_same_groups(state.stats, groups)
@@ -136,7 +141,7 @@ def clip_by(
                 ' "element" as the norm.'
             )
         settings: dict[str, Any] = {
-            "response": answer, "nonfinite": nonfinite, "groups": groups, "recorded": stats
+            "response": answer, "nonfinite": nonfinite, "groups": groups, "recorded": bool(stats)
         }  # fmt: skip
         if not isinstance(found, ElementBounds):
             found = groups.blocks_of(found)
@@ -173,9 +178,11 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
       opt_state: the state of an optimizer, or any tree that holds it.
 
     Returns:
-      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger, drop
-      the fields that are no scalars: `{f"{name}/{k}": v for name, s in stats.items() for k, v in
-      s._asdict().items() if k not in ("groups", "examples")}`.
+      `{name: ClipStats}`, in the order of the tree; empty without a clipper. For a logger see
+      `clip_scalars`.
+
+    Raises:
+      ValueError: a state that has lost its types, and so its names: `nnx.state(optimizer)`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -193,6 +200,16 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
             while key in found:
                 key, repeat = f"{node.name}_{repeat}", repeat + 1
             found[key] = _unwrapped(node.stats)
+    if not found:
+        lost = jax.tree_util.DictKey("pre_clip_norm")
+        for key_path, _ in jax.tree.leaves_with_path(opt_state):
+            if lost in key_path:
+                raise ValueError(
+                    "the state of a clipper must have its type, which holds its name, got dicts at"
+                    f" {place(path_name(key_path[: key_path.index(lost)]))}. Pass"
+                    " optimizer.opt_state instead of nnx.state(optimizer), or restore into"
+                    " optimizer.init(params)."
+                )
     return found
 
 
@@ -201,7 +218,8 @@ def _unwrapped(stats: ClipStats) -> ClipStats:
     fields = {k: jax.tree.leaves(x)[0] for k, x in zip(_SCALARS, stats, strict=False)}
     groups, examples = stats.groups, stats.examples
     if groups is not None:
-        groups = GroupStats(groups.names, *jax.tree.leaves(groups))
+        named = isinstance(groups, GroupStats)  # not of a tree without leaves
+        groups = GroupStats(groups.names, *jax.tree.leaves(groups)) if named else None
     if examples is not None:
         examples = ExampleStats(*jax.tree.leaves(examples))
     return ClipStats(**fields, groups=groups, examples=examples)
@@ -279,8 +297,9 @@ def _clip_elements(
     x: jax.Array, largest: jax.Array, bound: jax.Array, response: Response, nonfinite: NonFinite
 ) -> jax.Array:
     if response == Rescale() and not jnp.iscomplexobj(x):
-        bound = bound.astype(x.dtype)
-        clipped = jnp.clip(x, -bound, bound)
+        wide = x.astype(accumulator(x.dtype)) if x.dtype.itemsize == 1 else x
+        bound = bound.astype(wide.dtype)
+        clipped = rounded(jnp.clip(wide, -bound, bound), x.dtype)
     else:
         modulus = jnp.abs(x).astype(accumulator(x.dtype))
         bound = bound.astype(modulus.dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arguments import check_bound
+from optaxclip._numerics import UNKNOWN
 
 SoftShape = Literal["rational", "sqrt", "tanh"]
 
@@ -43,9 +44,9 @@ class Rescale:
         # c / max(n, c) is exactly 1 inside the bound, and cheaper to compile than a select. What
         # depends on the bound alone is computed once for all leaves.
         info = jnp.finfo(norm.dtype)
-        none, unbounded = bound < info.tiny, jnp.isinf(bound)
+        none, unbounded = bound < info.tiny, bound >= UNKNOWN
         bound = jnp.minimum(bound, info.max)
-        norm = jnp.minimum(norm, jnp.where(unbounded, info.max, jnp.inf))
+        norm = jnp.where(unbounded, jnp.minimum(norm, info.max), norm)
         return jnp.where(none, 0.0, bound) / jnp.maximum(norm, jnp.where(none, 1.0, bound))
 
 

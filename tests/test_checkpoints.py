@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_named_and_nothing_else(saved, written_with, clippe
 
 
 def test_of_a_long_list_the_beginning_is_shown(saved):
-    with pytest.raises(ValueError, match=r"(?s)opt_state/0/skipped_count: miss.*\n  and 7 more\n"):
+    with pytest.raises(ValueError, match=r"(?s)opt_state/0/skipped_count: miss.*\n  and 9 more\n"):
         optaxclip.checkpoints.check_saved_state(saved["global"], state_of(SAVED["guarded"]()))
 
 

@@ -13,6 +13,7 @@ import pytest
 from tools import quick
 from tools.pages import ROOT
 from tools.quick import quick_jit
+from tools.skip_steps import published, stream, through
 
 import optaxclip
 from optaxclip.per_example import example_quantile, materialize
@@ -176,6 +177,18 @@ def clip_pytree():
 
 
 LEAF_BOUNDS = {"b": 0.5, "w": 1.0}
+
+
+def skip_steps(which):
+    norms, losses = stream(1, 260)
+    rule = optaxclip.thresholds.as_published(which, 4.0, window=24)
+    tx = optaxclip.skip_outliers(optax.identity(), rule, of=("gradient", "loss"))
+    happened, *_ = quick.run(functools.partial(through, tx), norms, losses)
+    expected = published(which, norms, losses, 24, 4.0)[:, 0]
+    assert 3 <= np.sum(expected == 0) < 20
+    np.testing.assert_array_equal(happened, expected)
+
+
 HELD = {
     "optax.clip(c)": lambda: as_optax(optax.clip(C), optaxclip.clip_by_value(C)),
     "optax.clip_by_global_norm(c)": lambda: as_optax(
@@ -206,6 +219,9 @@ HELD = {
     ),
     "get_total_norm(grads)": get_total_norm,
     "scaler.unscale_(optimizer)": unscale,
+    "skip_step_on_spikes(tx, w, k)": lambda: skip_steps("maxtext"),
+    "SkipStepOptimizer(ps, opts, w, k)": lambda: skip_steps("olmo-core"),
+    "SkipStepConfig(w, k).wrap(tx)": lambda: skip_steps("levanter"),
     "Optimizer(clipvalue=c)": lambda: same(
         ours(optaxclip.clip_by_value(C))[0], {k: g.clip(-C, C) for k, g in wide(GRADS).items()}
     ),

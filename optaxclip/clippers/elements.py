@@ -5,7 +5,7 @@ They share the safeguards of `clippers.learned`, steered by `relearn_after` as t
 
 from typing import Any
 
-from optaxclip._arguments import check_between, check_bound
+from optaxclip._arguments import check_between, check_bound, narrowed
 from optaxclip.clippers.learned import clip_learned
 from optaxclip.clipping import NonFinite, Transform, clip_by
 from optaxclip.measure.norms import AxisName, By, Norm
@@ -73,9 +73,9 @@ def spam_clip(
     check_bound(theta, "theta", schedule=False)
     check_between(decay, "decay", 0, 1, last=False)
     if relearn_after is None:
-        threshold: Any = SecondMoments(theta, decay, warmup)
+        threshold: Any = narrowed(SecondMoments(theta, decay, warmup))
     else:
-        threshold = Shares(theta, decay, warmup, relearn_after)
+        threshold = narrowed(Shares(theta, decay, warmup, relearn_after))
     norm = Norm("element", axis_name=axis_name)
     return clip_by(norm, threshold, nonfinite=nonfinite, stats=stats, name=name or "spam_clip")
 

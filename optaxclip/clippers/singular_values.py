@@ -16,13 +16,13 @@ from optaxclip._compat import explicit_sharding, varying_axes
 from optaxclip._leaves import Tree, place
 from optaxclip._numerics import accumulator, once_compiled
 from optaxclip.clippers import polar
-from optaxclip.clipping import ClipState, NonFinite, Transform, answered, scale_leaf
+from optaxclip.clipping import ClipState, NonFinite, Transform, answered, check_state, scale_leaf
 from optaxclip.measure.norms import Norm
 from optaxclip.measure.reductions import Sums
 from optaxclip.measure.statistics import check_same_groups, empty_stats, record
 from optaxclip.measure.units import UnitAxes, resolve
 from optaxclip.responses import Rescale, Response, Soften
-from optaxclip.thresholds.given import Context, Given, non_negative
+from optaxclip.thresholds.given import Context, Given, Passed, non_negative
 
 Method = Literal["newton_schulz", "svd"]
 
@@ -82,7 +82,8 @@ def clip_singular_values(
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"unknown nonfinite, got {nonfinite!r}. Use one of {get_args(NonFinite)}.")
     check_count(steps, "steps")
-    limit = Given(max_value, "max_value")  # a learned bound would need the norms beforehand
+    # A learned bound would need the norms beforehand.
+    limit = max_value if isinstance(max_value, Passed) else Given(max_value, "max_value")
     answer: Response = Soften("sqrt") if soft else Rescale()
     norm = Norm("unit", unit_axes=functools.partial(_matrix_axes, unit_axes), axis_name=())
     clip = _Clip(soft, method, steps, answer)
@@ -95,6 +96,7 @@ def clip_singular_values(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
+        check_state(state)
         leaves = norm.leaves(updates)
         leaves.map(_check_whole)
         groups = norm.groups(leaves)

@@ -4,7 +4,8 @@ What other rooms import, and no more:
 
 * `norms`: `AxisName`, `By`, `L2`, `Norm`
 * `groups`: `Blocks`, `Groups`
-* `units`: `UnitAxes`, `flax_unit_axes`, `resolve`
+* `units`: `UnitAxes`, `equinox_unit_axes`, `flax_unit_axes`, `haiku_unit_axes`, `resolve`
+* `platforms`: `in_turn`
 * `reductions`: `Sums`
 * `mesh`: `check_reduced`
 * `statistics`: `ClipStats`, `ExampleStats`, `GroupStats`, `check_same_groups`, `empty_stats`,

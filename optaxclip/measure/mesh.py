@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from optaxclip._compat import varying_axes
-from optaxclip._leaves import Leaves, Tree, path_name, place
+from optaxclip._leaves import Leaves, Tree, leaves_with_path, path_name, place
 from optaxclip.measure.reductions import Kind
 
 Axes = tuple[str, ...]
@@ -34,7 +34,7 @@ def check_reduced(updates: Leaves, params: Tree) -> None:
         return
     of_params = {
         path_name(key_path): varying_axes(x)
-        for key_path, x in jax.tree.leaves_with_path(params)
+        for key_path, x in leaves_with_path(params)
         if hasattr(x, "dtype")
     }
     for path, axes in zip(updates.paths, varying, strict=True):
@@ -43,7 +43,9 @@ def check_reduced(updates: Leaves, params: Tree) -> None:
             raise ValueError(
                 f"a gradient must vary over the mesh axes of its parameter, got {place(path)}"
                 f" varying over {extra}, where the parameter is the same on all devices. Reduce it"
-                f" before it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum."
+                f" before it is clipped: jax.lax.pmean(grads, {extra}), or psum for a sum. If each"
+                " device shall hold a part of it (reduce-scatter), pass the same part of the"
+                " parameters, or none."
             )
 
 

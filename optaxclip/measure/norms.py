@@ -17,7 +17,7 @@ from optaxclip._numerics import accumulator, once_compiled
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.mesh import Axes, axes_of, over_mesh, part_of, placed
 from optaxclip.measure.reductions import Kind, Largest, Powers, Sums, unit_of
-from optaxclip.measure.units import UnitAxes, resolve
+from optaxclip.measure.units import UnitAxes, by_layer, resolve
 
 By = Literal["element", "global", "leaf", "unit", "group"]
 AxisName = str | tuple[str, ...] | LeafFn | None
@@ -41,7 +41,7 @@ class Norm:
       unit_axes: for `"unit"`, the axes a unit spans (0 makes each column of an `(in, out)` kernel
         a unit): an int, a tuple, a function `(path, leaf) -> axes`, or `"auto"`, Optax's rule by
         rank: vectors (also with axes of length one) whole, rank 2 and 3 over axis 0, rank 4 and 5
-        over all axes but the last.
+        over all axes but the last; of Equinox's own layers the rows, (out, in).
       labels: for `"group"`, the label of each leaf: a tree prefix of strings, or a
         function `(path, leaf) -> label`.
       exclude: `(path, leaf) -> bool`; true for leaves to be neither measured nor changed.
@@ -112,7 +112,9 @@ class Norm:
         of_leaf = tuple(range(len(paths)))
         if self.by != "unit":
             return Groups(paths, of_leaf, every_axis, ((),) * len(paths))
-        axes = tuple(leaves.map(functools.partial(resolve, self.unit_axes)))
+        auto = isinstance(self.unit_axes, str) and self.unit_axes == "auto"
+        unit_axes = by_layer(leaves.tree) if auto else self.unit_axes
+        axes = tuple(leaves.map(functools.partial(resolve, unit_axes)))
         shapes = tuple(
             _kept(x, a) if len(a) < x.ndim else () for a, x in zip(axes, leaves.arrays, strict=True)
         )

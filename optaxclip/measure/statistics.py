@@ -1,7 +1,5 @@
 """What a clipper did on its last step, and how often it had to: arrays of fixed shape."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._leaves import named_node
 from optaxclip._numerics import as_float32, maximum_of, once_compiled, stacked
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.norms import Norm
@@ -20,13 +19,8 @@ Answer = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 _MAX_RECORDED = 256
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["pre_clip_norm", "threshold", "clip_factor", "clipped_count"],
-    meta_fields=["names"],
-)
-@dataclasses.dataclass(frozen=True)
-class GroupStats:
+@named_node
+class GroupStats(NamedTuple):
     """The last step group by group: arrays `[groups]`, with the groups' names."""
 
     names: tuple[str, ...]
@@ -74,15 +68,20 @@ class ClipStats(NamedTuple):
     nonfinite_count: jax.Array
     """Steps on which some element was NaN or infinite."""
     groups: GroupStats | None = None
-    """Group by group, for 2 to 256 leaves, units or labels; else None."""
+    """Group by group, for 2 to 256 leaves, units or labels (`stats="every"`: more); else None."""
     examples: ExampleStats | None = None
     """Of an aggregator of per-example gradients; else None."""
 
 
-def empty_stats(norm: Norm, groups: Groups) -> ClipStats:
-    """The statistics before the first step."""
-    by_group = None
-    if norm.by in ("leaf", "unit", "group") and 1 < groups.size <= _MAX_RECORDED:
+def empty_stats(norm: Norm, groups: Groups, *, every: bool = False) -> ClipStats:
+    """The statistics before the first step; `every`: of more than 256 groups each, too."""
+    by_group: Any = None
+    several = norm.by in ("leaf", "unit", "group")
+    if several and not groups.paths:
+        # One leaf where other trees have a node: `optax.tree_map_params` takes its map of a state
+        # from init of a tree without leaves.
+        by_group = jnp.zeros((), jnp.float32)
+    if several and groups.size > 1 and (every or groups.size <= _MAX_RECORDED):
         by_group = GroupStats(
             groups.names,
             jnp.zeros(groups.size, jnp.float32),
@@ -104,8 +103,9 @@ def empty_stats(norm: Norm, groups: Groups) -> ClipStats:
 
 def check_same_groups(stats: ClipStats, groups: Groups) -> None:
     """Raises where the groups are not those that `init` saw."""
-    if stats.groups is not None and stats.groups.names != groups.names:
-        then, now = stats.groups.names, groups.names
+    then = stats.groups.names if isinstance(stats.groups, GroupStats) else ()
+    now = groups.names if stats.groups is not None else ()
+    if then != now:
         differing = (name for name in (*now, *then) if name not in now or name not in then)
         raise ValueError(
             f"updates must have the groups that init saw, got {len(now)} for {len(then)}, and"
@@ -121,7 +121,7 @@ def record(
     if not groups.size:
         return stats._replace(count=optax.safe_increment(stats.count))
     recorded = None
-    if stats.groups is not None:
+    if isinstance(stats.groups, GroupStats):
         norms, bounds = ([_vector(x, groups=groups)] for x in (norms, bounds))
         recorded = *norms, *bounds, answer(*norms, *bounds)[0]
     norm, bound, exceeded = worst(norms, bounds)
@@ -140,7 +140,7 @@ def record_nothing(stats: ClipStats, bounds: Blocks) -> ClipStats:
 def _recorded(stats: ClipStats, worst: Any, recorded: Any) -> ClipStats:
     norm, bound, exceeded, factor, afterwards = worst
     groups = stats.groups
-    if groups is not None:
+    if isinstance(groups, GroupStats):
         n, c, f = recorded
         clipped_count = _count_if(~(n <= c), groups.clipped_count)
         groups = GroupStats(groups.names, n, c, as_float32(f), clipped_count)

@@ -1,12 +1,13 @@
-"""Which axes of a parameter one unit (row, filter, head) spans: by rank, or by Flax's names."""
+"""Which axes of a parameter one unit (row, filter, head) spans: by rank, or by libraries' names."""
 
 import operator
+import sys
 from collections.abc import Collection
 from typing import Any, Literal
 
 import jax
 
-from optaxclip._leaves import LeafFn, place
+from optaxclip._leaves import LeafFn, Tree, leaves_with_path, path_name, place
 
 UnitAxes = Literal["auto"] | int | tuple[int, ...] | LeafFn
 
@@ -31,6 +32,46 @@ def resolve(unit_axes: UnitAxes, path: str, x: Any) -> tuple[int, ...]:
             f" {place(path)}. Use 'auto', an int, a tuple, or a function (path, leaf) -> axes."
         )
     return tuple(sorted({a % x.ndim for a in axes}))
+
+
+# The rank of what one layer of Equinox holds, by the name of its type and of the parameter.
+_EQUINOX = {
+    "Linear": {"weight": 2, "bias": 1},
+    "Embedding": {"weight": 2},
+    "GRUCell": {"weight_ih": 2, "weight_hh": 2, "bias": 1, "bias_n": 1},
+    "LSTMCell": {"weight_ih": 2, "weight_hh": 2, "bias": 1},
+    **{
+        f"{kind}{n}d": {"weight": n + 2, "bias": n + 1}
+        for kind in ("Conv", "ConvTranspose")
+        for n in (1, 2, 3)
+    },
+}
+
+
+def by_layer(tree: Tree) -> LeafFn:
+    """The rule by rank, but of Equinox's layers, which are known by type, each row is a unit.
+
+    Layers may be stacked along axes in front.
+    """
+    layers = getattr(sys.modules.get("equinox"), "nn", None)
+    kinds = {getattr(layers, name): own for name, own in _EQUINOX.items()} if layers else {}
+    found = leaves_with_path(tree, lambda x: isinstance(x, tuple(kinds))) if kinds else []
+    ranks = {
+        path_name((*key_path, jax.tree_util.GetAttrKey(name))): (rank, name)
+        for key_path, node in found
+        for kind, own in kinds.items()
+        if isinstance(node, kind)
+        for name, rank in own.items()
+    }
+
+    def axes(path: str, x: Any) -> tuple[int, ...]:
+        if path not in ranks:
+            return by_rank(path, x)
+        rank, name = ranks[path]
+        of_one = tuple(range(x.ndim - rank, x.ndim))
+        return of_one[1:] if name.startswith("weight") else of_one
+
+    return axes
 
 
 def by_rank(path: str, x: Any) -> tuple[int, ...]:
@@ -94,3 +135,71 @@ def flax_unit_axes(path: str, leaf: jax.Array, *, scanned: Collection[str] = ())
     if len(axes) == 2 or dense or (len(axes) == 3 and "conv" not in module):
         return axes[:1]
     return axes[:-1]
+
+
+def equinox_unit_axes(
+    path: str, leaf: jax.Array, *, scanned: Collection[str] = ()
+) -> tuple[int, ...]:
+    """The axes one unit spans, for weights stored (out, in, ...): Equinox, and ports of PyTorch.
+
+    | parameter | shape | a unit is | axes |
+    | --- | --- | --- | --- |
+    | Linear weight | (out, in) | one output | 1 |
+    | Conv, ConvTranspose weight | (out, in, *window) | one filter | all but 0 |
+    | GRUCell, LSTMCell weight_ih, weight_hh | (gates x hidden, in) | one row | 1 |
+    | Embedding weight | (vocabulary, d) | one row | 1 |
+    | weight below a name with "norm", bias, and any other | (d,) or (out, 1, 1) | the whole | all |
+
+    `"auto"` knows Equinox's own layers by type. Of any others it guesses by rank what Flax stores,
+    (in, out), and makes each column a unit.
+
+    Args:
+      path: the leaf's path, such as `"layers/0/weight"`.
+      leaf: the parameter.
+      scanned: names in the path below which parameters are stacked along axis 0, as
+        `eqx.filter_vmap` makes them of a list of layers; each layer then has its own units.
+
+    Returns:
+      The axes, for `unit_axes=` of `agc` and `clip_by_unit_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> optaxclip.equinox_unit_axes("layers/0/weight", jnp.zeros((32, 8)))
+      (1,)
+    """
+    *modules, name = path.split("/")
+    axes = tuple(range(int(any(n in scanned for n in modules)), leaf.ndim))
+    of_norm = any("norm" in n.lower() for n in modules[-1:])
+    return axes[1:] if name.startswith("weight") and len(axes) > 1 and not of_norm else axes
+
+
+def haiku_unit_axes(
+    path: str, leaf: jax.Array, *, scanned: Collection[str] = ()
+) -> tuple[int, ...]:
+    """The axes one unit spans, for parameters named as Haiku and Keras name them.
+
+    As `flax_unit_axes`, with `w`, `w_i`, `w_h`, `recurrent_kernel` and the like for `kernel`, and
+    `embeddings` for `embedding`. Transposed convolutions are stored (*window, out, in) there.
+
+    Args:
+      path: the leaf's path, such as `"mlp/linear/w"`.
+      leaf: the parameter.
+      scanned: as for `flax_unit_axes`: `hk.layer_stack` stacks layers along axis 0.
+
+    Returns:
+      The axes, for `unit_axes=` of `agc` and `clip_by_unit_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> optaxclip.haiku_unit_axes("conv2_d_transpose/w", jnp.zeros((3, 3, 8, 4)))
+      (0, 1, 3)
+    """
+    *modules, name = path.split("/")
+    first = int(any(n in scanned for n in modules))
+    is_kernel = name == "w" or name.startswith("w_") or name.endswith("kernel")
+    module = modules[-1].lower() if modules else ""
+    if is_kernel and "transpose" in module and leaf.ndim - first > 2:
+        return tuple(a for a in range(first, leaf.ndim) if a != leaf.ndim - 2)
+    known = "kernel" if is_kernel else name.replace("embeddings", "embedding")
+    out = ["out"] if module == "attention_output" else modules[-1:]
+    return flax_unit_axes("/".join([*modules[:-1], *out, known]), leaf, scanned=scanned)

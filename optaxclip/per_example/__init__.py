@@ -1,17 +1,18 @@
 """Per-example gradients as data: norms, products and weighted sums without storing them.
 
 From the top down: the doors (`gradients`, `schedules`, `plan`) check arguments (`arguments`,
-`checks`, `fallbacks`) and estimate costs (`costs`, `flops`, `table`) and choose (`choice`). `flatten` makes nested
-blocks of equations of the loss (`program`; `scan`, `branches` and `checkpoint` for control flow,
-with `partial`, `lift`, `uses`), `backward` runs them, and measures where a parameter is used once (`spots`). `walk` goes through them forward with taps
-and back to forms, by the rules of the `registry` and, through code on parameters alone, by
-`pullback` and `isometries`. `forms` are the gradients; `layout` and `contractions` are what they
-stand on, `trees` and `safe_norms` sum over them.
+`checks`, `fallbacks`), estimate costs (`costs`, `flops`, `table`) and choose a schedule (`choice`),
+by which `weighed` sums. `flatten` makes nested blocks of equations of the loss (`program`; `scan`,
+`branches` and `checkpoint` for control flow, with `partial`, `lift`, `uses`). `backward` runs them,
+and measures on the spot what is used once (`spots`); of the rest it keeps forms. `walk` goes through
+them forward with taps and back to forms, by the rules of the `registry` and, through code on
+parameters alone, by `pullback` and `isometries`. `forms` are the gradients; `layout` and
+`contractions` are what they stand on, `trees` and `safe_norms` sum over them.
 
 On top of that stand the aggregators (`aggregators`, `robust`; `batch` is what the robust ones
 share, `incoming` checks what they are given, `statistics` is what they keep, `quantile` is a
-threshold for them), the function transformation `clipped_grad`
-(`clipped_sum` does its work; `weighed` sums by one schedule or another), and `moments`. `microbatches` is the loop over parts of a batch.
+threshold for them), the function transformation `clipped_grad` (`clipped_sum` does its work), and
+`moments`. `microbatches` is the loop over parts of a batch.
 """
 
 from optaxclip.per_example.aggregators import clip_per_example as clip_per_example

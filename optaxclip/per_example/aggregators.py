@@ -11,7 +11,7 @@ from optax.experimental import aggregating
 
 from optaxclip._leaves import LeafFn, Tree
 from optaxclip._numerics import maximum_of, root
-from optaxclip.clipping import ClipState, NonFinite, answered
+from optaxclip.clipping import ClipState, NonFinite, answered, check_state
 from optaxclip.measure.norms import Norm
 from optaxclip.measure.statistics import check_same_groups, empty_stats, record
 from optaxclip.per_example.explicit_axes import of_gradients
@@ -90,6 +90,7 @@ def clip_per_example(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
+        check_state(state)
         incoming = Incoming.of(updates, params)
         forms, size = incoming.forms, incoming.size
         leaves = measured.leaves(incoming.like)

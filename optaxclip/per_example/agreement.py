@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._leaves import Tree, path_name, place
+from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 from optaxclip._numerics import root
 from optaxclip.per_example.arguments import Argnums, Call, Options, call_of
 from optaxclip.per_example.explicit_axes import on_automatic_axes
@@ -91,9 +91,7 @@ def _compare(ours: Any, theirs: Any, rtol: float) -> None:
         _refuse(f"the norm of example {k}", float("inf"), rtol)
     _same("the loss", ours[0], theirs[0], rtol * np.maximum(np.abs(theirs[0]), scale), finite)
     for what, k in (("the gradient", 2), ("the norm", 1)):
-        for (path, x), y in zip(
-            jax.tree.leaves_with_path(ours[k]), jax.tree.leaves(theirs[k]), strict=True
-        ):
+        for (path, x), y in zip(leaves_with_path(ours[k]), jax.tree.leaves(theirs[k]), strict=True):
             if jnp.issubdtype(y.dtype, jnp.inexact):
                 of = f"{what} of {place(path_name(path))}" if k == 2 else what
                 _same(of, x, y, rtol * scale, finite)
@@ -102,7 +100,7 @@ def _compare(ours: Any, theirs: Any, rtol: float) -> None:
 
 
 def _compare_sums(ours: Tree, theirs: Tree, most: float) -> None:
-    for (path, x), y in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+    for (path, x), y in zip(leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         error = np.max(np.abs(np.asarray(x, float) - np.asarray(y, float)), initial=0)
         if error > most:
             _refuse(f"the clipped sum of {place(path_name(path))}", error, most)

@@ -14,8 +14,8 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip._numerics import accumulator, maximum_of, root
-from optaxclip.clipping import ClipState, answered
+from optaxclip._numerics import UNKNOWN, accumulator, maximum_of, root
+from optaxclip.clipping import ClipState, answered, check_state
 from optaxclip.measure.norms import Norm
 from optaxclip.measure.statistics import empty_stats, record
 from optaxclip.per_example.cancellation import Terms, settled
@@ -83,12 +83,13 @@ class Batch:
         return jnp.where(self.finite, 1 / jnp.maximum(self.number, 1), 0)
 
     def sorted(self) -> Arrays:
-        """The gradients stacked, each coordinate in order; infinity in the place of the others."""
+        """The gradients stacked, each coordinate in order; those of the others last."""
 
         def one(form: Form) -> jax.Array:
             stacked = form.materialize()
             finite = self.finite.reshape(-1, *(1,) * (stacked.ndim - 1))
-            return jnp.sort(jnp.where(finite, stacked, jnp.inf), axis=0)
+            last = jnp.finfo(stacked.dtype).max
+            return jnp.sort(jnp.where(finite, stacked, last), axis=0)
 
         return [one(form) for form in self.forms]
 
@@ -100,7 +101,7 @@ class Answer(NamedTuple):
     memory: Tree = ()
     norms: jax.Array | None = None
     """What was compared with the bound, [B]; None: the norms."""
-    bound: Any = jnp.inf
+    bound: Any = UNKNOWN
     response: Response = Rescale()
     kept: jax.Array | None = None
     """Examples within the bound; None: those whose norm is."""
@@ -123,6 +124,7 @@ def aggregator(
     def update_fn(
         updates: Tree, state: ClipState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, ClipState]:
+        check_state(state)
         incoming = Incoming.of(updates, params)
         leaves = WHOLE.leaves(incoming.like)
         groups = WHOLE.groups(leaves)

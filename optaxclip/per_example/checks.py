@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._leaves import Tree, path_name
+from optaxclip._leaves import Tree, leaves_with_path, path_name
 
 
 def check_params(arguments: list[tuple[str, Tree]]) -> None:
     """Each differentiated argument has a real floating-point array, and nothing complex."""
     for name, tree in arguments:
-        leaves = jax.tree.leaves_with_path(tree)
+        leaves = leaves_with_path(tree)
         if not leaves:
             raise ValueError(
                 f"a differentiated argument must have at least one array, got none in {name}."
@@ -45,7 +45,7 @@ def check_batch(arguments: list[tuple[str, Tree]]) -> None:
     leaves = [
         (_at(name, path), jnp.shape(leaf))
         for name, tree in arguments
-        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_has_shape)
+        for path, leaf in leaves_with_path(tree, is_leaf=_has_shape)
     ]
     if not leaves:
         names = ", ".join(name for name, _ in arguments)
@@ -105,7 +105,7 @@ def loss_and_aux(result: Any, has_aux: bool, keep_batch_dim: bool) -> tuple[Any,
 
 def check_keywords(named: dict[str, Tree]) -> None:
     """All leaves may have the examples on the leading axis: none is a scalar."""
-    for path, leaf in jax.tree.leaves_with_path(named):
+    for path, leaf in leaves_with_path(named):
         if not np.shape(leaf):
             name = path_name(path)
             raise ValueError(
@@ -117,7 +117,7 @@ def check_keywords(named: dict[str, Tree]) -> None:
 
 def what_fun_saw(arguments: dict[str, Tree], keep_batch_dim: bool) -> str:
     """A note for errors that `fun` raises."""
-    leaves = jax.tree.leaves_with_path(arguments)
+    leaves = leaves_with_path(arguments)
     shapes = [f"{_described(leaf)} at {path_name(path)}" for path, leaf in leaves]
     return (
         f"fun was called with one example: {', '.join(shapes)}. If it expects"

@@ -1,8 +1,6 @@
 """Parameters whose gradients are stacked because no exact factored form was found."""
 
-import jax
-
-from optaxclip._leaves import Tree, path_name, place
+from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 from optaxclip.per_example.forms import Dense, Form, is_form, terms
 
 
@@ -15,7 +13,7 @@ def reason(form: Form) -> str:
 def refuse_fallbacks(grads: Tree) -> None:
     """Raise for all fallbacks of a tree at once."""
     lines = []
-    for path, form in jax.tree.leaves_with_path(grads, is_leaf=is_form):
+    for path, form in leaves_with_path(grads, is_leaf=is_form):
         if why := reason(form):
             (stacked,) = {x.stacked.shape for x in terms(form) if isinstance(x, Dense)}
             shape, name = list(form.shape), place(path_name(path))

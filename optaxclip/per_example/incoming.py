@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._leaves import Tree, path_name, place
+from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 from optaxclip._numerics import accumulator
 from optaxclip.per_example.forms import Dense, Form, is_form, zero_like
 
@@ -52,9 +52,7 @@ def _check_whole(grads: Tree) -> None:
     def is_masked(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
 
-    for path, leaf in jax.tree.leaves_with_path(
-        grads, is_leaf=lambda x: is_form(x) or is_masked(x)
-    ):
+    for path, leaf in leaves_with_path(grads, is_leaf=lambda x: is_form(x) or is_masked(x)):
         if is_masked(leaf):
             raise ValueError(
                 "per-example gradients must be aggregated as a whole, got"
@@ -69,7 +67,7 @@ def examples_of(grads: Tree) -> int:
     """How many there are. Raises where leaves differ in it, or where there is none."""
     found = [
         (place(path_name(path)), jnp.shape(jax.tree.leaves(leaf)[0]))
-        for path, leaf in jax.tree.leaves_with_path(grads, is_leaf=is_form)
+        for path, leaf in leaves_with_path(grads, is_leaf=is_form)
     ]
     if not found:
         raise ValueError("gradients must have at least one leaf, got none. Pass parameters.")
@@ -97,7 +95,7 @@ def sq_norm(arrays: list[jax.Array]) -> jax.Array:
 
 def _check_like_params(like: Tree, params: Tree) -> None:
     found, expected = (
-        [(place(path_name(path)), jnp.shape(x)) for path, x in jax.tree.leaves_with_path(tree)]
+        [(place(path_name(path)), jnp.shape(x)) for path, x in leaves_with_path(tree)]
         for tree in (like, params)
     )
     if len(found) != len(expected):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from optaxclip._leaves import path_name, place
+from optaxclip._leaves import leaves_with_path, path_name, place
 from optaxclip.per_example.arguments import Argnums, Options, call_of
 from optaxclip.per_example.choice import estimated
 from optaxclip.per_example.costs import (
@@ -166,7 +166,7 @@ def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
     found = factored(call, seen)
     grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, call.size))
     uses = jax.tree.leaves(call.like_params(found.uses, lambda leaf: 0))
-    leaves = jax.tree.leaves_with_path(grads, is_leaf=is_form)
+    leaves = leaves_with_path(grads, is_leaf=is_form)
     rows = [
         _row(place(path_name(path)), form, count, call.size)
         for (path, form), count in zip(leaves, uses, strict=True)

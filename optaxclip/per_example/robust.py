@@ -57,9 +57,10 @@ def trim_by_norm(fraction: Any, *, name: str | None = None) -> aggregating.Aggre
 
     def rule(batch: Batch, memory: Tree, context: Context) -> Answer:
         kept_number = batch.number - _share(fraction, batch.number, batch.number - 1)
-        order = jnp.argsort(jnp.where(batch.finite, batch.norms, jnp.inf))
+        last = jnp.finfo(batch.norms.dtype).max
+        order = jnp.argsort(jnp.where(batch.finite, batch.norms, last))
         rank = jnp.argsort(order)  # stable: of equal norms the first comes first
-        kept = batch.finite & (rank < kept_number)
+        kept = batch.finite & (rank.astype(kept_number.dtype) < kept_number)
         sums = batch.sum(kept.astype(batch.norms.dtype))
         divisor = jnp.maximum(kept_number, 1)
         noise = noise_scale_of(batch.sq_norms, kept, sq_norm(sums))
@@ -188,7 +189,7 @@ def geometric_median(
         for _ in range(iterations):
             distances = jnp.maximum(batch.distances(point), least)
             # Relative to the nearest: 1 / distance may overflow, and so may a sum of them.
-            nearest = jnp.min(jnp.where(batch.finite, distances, jnp.inf))
+            nearest = jnp.min(jnp.where(batch.finite, distances, info.max))
             nearness = jnp.where(batch.finite, nearest / distances, 0)
             point = batch.sum(nearness / jnp.maximum(jnp.sum(nearness), 1))
         return Answer(point, noise_scale=noise)
@@ -274,7 +275,7 @@ def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggreg
         ends = _share(fraction, batch.number, jnp.floor((batch.number - 1) / 2))
 
         def mean(rows: jax.Array) -> jax.Array:
-            rank = jnp.arange(len(rows)).reshape(-1, *(1,) * (rows.ndim - 1))
+            rank = jnp.arange(len(rows), dtype=ends.dtype).reshape(-1, *(1,) * (rows.ndim - 1))
             inside = (rank >= ends) & (rank < batch.number - ends)
             divisor = jnp.maximum(batch.number - 2 * ends, 1).astype(rows.dtype)
             return jnp.sum(jnp.where(inside, rows, 0), axis=0) / divisor

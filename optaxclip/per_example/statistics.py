@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from optaxclip._numerics import UNKNOWN, once_compiled
 from optaxclip.measure.statistics import ClipStats, ExampleStats
 
 
@@ -13,6 +14,7 @@ def empty_example_stats() -> ExampleStats:
     return ExampleStats(norm, median, largest, fraction, unknown, jnp.zeros((), jnp.int32))
 
 
+@once_compiled
 def record_examples(
     stats: ClipStats,
     norms: jax.Array,
@@ -22,7 +24,8 @@ def record_examples(
 ) -> ClipStats:
     """The norms [B], which examples are finite, and which were not within some bound."""
     before = stats.examples or empty_example_stats()
-    number = jnp.sum(finite)
+    number = jnp.sum(finite.astype(norms.dtype))
+    beyond = (exceeded & finite).astype(norms.dtype)
     counted = jnp.where(finite, norms, 0.0)
     median = jnp.where(number > 0, jnp.nanmedian(jnp.where(finite, norms, jnp.nan)), 0.0)
     share = 1 / jnp.maximum(number, 1)
@@ -32,7 +35,7 @@ def record_examples(
         mean_norm=(jnp.sum(counted) * share).astype(jnp.float32),
         median_norm=median.astype(jnp.float32),
         max_norm=jnp.max(counted).astype(jnp.float32),
-        clipped_fraction=(jnp.sum(exceeded & finite) * share).astype(jnp.float32),
+        clipped_fraction=(jnp.sum(beyond) * share).astype(jnp.float32),
         noise_scale=jnp.asarray(-1 if noise_scale is None else noise_scale, jnp.float32),
         nonfinite_count=before.nonfinite_count + dropped,
     )
@@ -44,8 +47,8 @@ def noise_scale_of(sq_norms: jax.Array, counted: jax.Array, sq_norm_of_sum: jax.
 
     With n vectors, `m = mean |g|^2` and `s = |mean g|^2`, the unbiased estimates are
     `tr(S) = n (m - s) / (n - 1)` and `|G|^2 = (n s - m) / (n - 1)` (McCandlish et al., arXiv
-    1812.06162, appendix A.1, with batches of n and of one). Infinity where the second is not
-    positive: the mean is lost in the noise. -1 for fewer than two vectors.
+    1812.06162, appendix A.1, with batches of n and of one). The largest float where the second is
+    not positive: the mean is lost in the noise. -1 for fewer than two vectors.
     """
     number = jnp.sum(counted).astype(sq_norms.dtype)
     n = jnp.maximum(number, 2)
@@ -53,6 +56,6 @@ def noise_scale_of(sq_norms: jax.Array, counted: jax.Array, sq_norm_of_sum: jax.
     s = sq_norm_of_sum.astype(sq_norms.dtype) / n**2
     noise, signal = n * jnp.maximum(m - s, 0), n * s - m
     lost = signal <= 0
-    ratio = jnp.where(lost, jnp.inf, noise / jnp.where(lost, 1, signal))
+    ratio = jnp.where(lost, UNKNOWN, noise / jnp.where(lost, 1, signal))
     ratio = jnp.where((noise == 0) & (signal == 0), 0, ratio)
     return jnp.where(number < 2, -1, ratio)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._leaves import Tree, path_name, place
+from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 """The indices to train on and those to validate on, fold by fold."""
@@ -25,7 +25,7 @@ class Folds(NamedTuple):
 
 def check_data(data: Tree) -> tuple[Tree, int]:
     """The data as arrays, and the number of examples. Raises unless all leaves agree on it."""
-    leaves = jax.tree.leaves_with_path(data)
+    leaves = leaves_with_path(data)
     if not leaves:
         raise ValueError(f"data must hold arrays, got {data!r}. Pass for example (x, y).")
     places = [place(path_name(path)) for path, _ in leaves]

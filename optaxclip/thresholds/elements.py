@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
-from optaxclip._numerics import once_compiled
+from optaxclip._numerics import UNKNOWN, once_compiled
 from optaxclip.measure.groups import Groups
 from optaxclip.measure.norms import Norm
 from optaxclip.thresholds.given import Context, ElementBounds
@@ -123,7 +123,7 @@ class SecondMoments:
         bounds, moments = [], []
         for x, v in zip(updates.arrays, before, strict=True):
             known = (context.count >= self.warmup) & (v > 0)
-            bound = jnp.where(known, jnp.sqrt(theta * v), jnp.inf)
+            bound = jnp.where(known, jnp.sqrt(theta * v), UNKNOWN)
             clipped = jnp.minimum(jax.lax.stop_gradient(jnp.abs(x)).astype(v.dtype), bound)
             new = self.decay * v + (1 - self.decay) * jnp.square(clipped)
             moments.append(jnp.where(jnp.isfinite(x), new, v))

@@ -114,7 +114,7 @@ class Given:
             return bounds, state
         groups = context.groups
         if context.norm.by == "group":
-            self._check_labels(groups)
+            self._check_labels(groups, context.updates)
             return groups.blocks([bounds[label] for label in groups.names])[0], state
         if context.norm.by == "global":
             raise ValueError(
@@ -124,7 +124,7 @@ class Given:
         by_leaf = groups.blocks(context.updates.from_prefix(bounds, self.argument))
         return by_leaf if groups.has_units else by_leaf[0], state
 
-    def _check_labels(self, groups: Groups) -> None:
+    def _check_labels(self, groups: Groups, updates: Leaves) -> None:
         flat = isinstance(self.bounds, Mapping) and jax.tree_util.all_leaves(self.bounds.values())
         if not flat:
             raise TypeError(
@@ -132,7 +132,8 @@ class Given:
                 f" with the keys {list(groups.names)}."
             )
         missing = [label for label in groups.names if label not in self.bounds]
-        unused = [label for label in self.bounds if label not in groups.names]
+        # What `optax.masked` or `optax.partition` have set aside needs no bound here.
+        unused = [k for k in self.bounds if k not in groups.names] if updates.complete else []
         if missing or unused:
             problem = f"no leaf is labelled {unused[0]!r}" if unused else ""
             if missing:
@@ -143,6 +144,28 @@ class Given:
                 f" {sorted(self.bounds)} and leaves labelled {list(groups.names)}: {problem}. Make"
                 " the two agree; float('inf') leaves a group unclipped."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """The bound that is passed to `update` by name: `tx.update(grads, state, params, bound=c)`.
+
+    A scalar for all norms, or a vector of one for each. Negative counts as 0.
+    """
+
+    name: str = "bound"
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        del norm, params
+        return ()
+
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
+        if context.extra_args.get(self.name) is None:
+            raise ValueError(
+                f"a bound from outside must be passed at each step, got no {self.name!r}. Call"
+                f" tx.update(grads, state, params, {self.name}=...)."
+            )
+        return jnp.asarray(context.extra_args[self.name]).astype(norms.dtype), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +189,12 @@ class ParamNorm:
                 "a bound relative to the parameters needs params, got None. Call"
                 " tx.update(grads, state, params)."
             )
-        params, updates = context.norm.leaves(context.params), context.updates
+        updates = context.updates
+        # A whole Equinox model holds functions, and perhaps arrays that are not trained.
+        arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, context.params)
+        params = context.norm.leaves(arrays)
+        if set(updates.paths) < set(params.paths):
+            params = params.among(updates.paths)
         shapes = [x.shape for x in params.arrays]
         if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
             where = "in params", "in updates"

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip._arguments import check_count
+from optaxclip._arguments import check_count, narrowed
 from optaxclip._leaves import Tree
-from optaxclip._numerics import as_float32, once_compiled
+from optaxclip._numerics import UNKNOWN, as_float32, once_compiled
 from optaxclip.measure.norms import Norm
 from optaxclip.thresholds.given import Bounds, Context, Threshold
 
@@ -58,7 +58,7 @@ class LearnedState(NamedTuple):
     """What is known about each norm; arrays whose last axis is `size`."""
 
     recent: jax.Array
-    """The last `warmup` norms as they came, oldest first; inf where there was none."""
+    """The last `warmup` norms as they came, oldest first; the largest float where none."""
     ordered: jax.Array
     """The same, smallest first."""
     seen: jax.Array
@@ -99,6 +99,7 @@ class Learned:
 
     def __post_init__(self) -> None:
         check_count(self.warmup, "warmup")
+        object.__setattr__(self, "rule", narrowed(self.rule))
         if self.relearn_after is None:
             return
         check_count(self.relearn_after, "relearn_after")
@@ -112,8 +113,8 @@ class Learned:
     def init(self, norm: Norm, params: Tree) -> LearnedState:
         size = norm.groups(norm.leaves(params)).size
         return LearnedState(
-            recent=jnp.full((self.warmup, size), jnp.inf, jnp.float32),
-            ordered=jnp.full((self.warmup, size), jnp.inf, jnp.float32),
+            recent=jnp.full((self.warmup, size), UNKNOWN, jnp.float32),
+            ordered=jnp.full((self.warmup, size), UNKNOWN, jnp.float32),
             seen=jnp.full(size, self.warmup if self.ready else 0, jnp.int32),
             streak=jnp.zeros(size, jnp.int32),
             memory=self.rule.init(size),
@@ -143,13 +144,14 @@ class Learned:
     def _step(self, norms: jax.Array, state: LearnedState) -> tuple[jax.Array, LearnedState]:
         # The bound is a constant to differentiation, also where the present norm counts in it.
         n = lax.stop_gradient(as_float32(norms))
-        telling = jnp.isfinite(n) & (n > 0)
+        telling = (n < UNKNOWN) & (n > 0)
         n = jnp.where(telling, n, 0.0)
         learning = state.seen < self.warmup
         early = self.rule.early(n)
         if self.relearn_after is not None:
             early = jnp.minimum(early, _OUTLIER * _median(state.ordered))
         bounds = jnp.where(learning, early, self.rule.bound(state.memory, n))
+        bounds = jnp.minimum(bounds, UNKNOWN)
         return bounds, self._learn(n, telling, learning, bounds, state)
 
     def _learn(
@@ -201,6 +203,8 @@ class AtMost:
 
     def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
         bounds, state = self.threshold.bound(norms, state, context)
+        if isinstance(self.ceiling, float) and self.ceiling >= UNKNOWN:
+            return bounds, state
         ceiling = jnp.asarray(
             self.ceiling(context.count) if callable(self.ceiling) else self.ceiling
         ).astype(norms.dtype)
@@ -235,14 +239,14 @@ def insert(ordered: jax.Array, oldest: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def without(ordered: jax.Array, number: jax.Array) -> jax.Array:
-    """Ordered columns without one number of each; inf takes its place, at the end."""
+    """Ordered columns without one number of each; `UNKNOWN` takes its place, at the end."""
     before = jnp.arange(len(ordered))[:, None] < jnp.sum(ordered < number[None], axis=0)[None]
-    return jnp.where(before, ordered, push(ordered, jnp.full_like(number, jnp.inf)))
+    return jnp.where(before, ordered, push(ordered, jnp.full_like(number, UNKNOWN)))
 
 
 def _median(ordered: jax.Array) -> jax.Array:
-    """The lower median of the finite entries of each column; inf where there is none."""
-    at = jnp.maximum(jnp.sum(jnp.isfinite(ordered), axis=0) - 1, 0) // 2
+    """The lower median of the known entries of each column; `UNKNOWN` where there is none."""
+    at = jnp.maximum(jnp.sum(ordered < UNKNOWN, axis=0) - 1, 0) // 2
     return pick(ordered, at)
 
 

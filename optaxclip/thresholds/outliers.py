@@ -1,10 +1,18 @@
-"""Bounds for guards: a norm far beyond the last ones is an outlier, and is not learned from."""
+"""Bounds for guards: what is far beyond the last norms or values, and is not learned from."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
 
-from optaxclip._arguments import check_at_least, check_between, check_bound, check_count
-from optaxclip.thresholds.given import Threshold
-from optaxclip.thresholds.learned import Learned, RelearnAfter, Rule, relearn_after_of
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip._arguments import check_at_least, check_between, check_bound, check_count, narrowed
+from optaxclip._leaves import Tree
+from optaxclip._numerics import UNKNOWN, as_float32, once_compiled
+from optaxclip.measure.norms import Norm
+from optaxclip.thresholds.given import Context, Threshold
+from optaxclip.thresholds.learned import Learned, RelearnAfter, Rule, push, relearn_after_of
 from optaxclip.thresholds.rules import Percentile, WindowMoments
 
 
@@ -22,7 +30,7 @@ def mean_plus_std(
 
     Returns:
       A `Threshold`. In the warm-up it is twice the median norm so far (with `relearn_after`; else
-      infinite). A norm beyond it is never learned from.
+      the largest float). A norm beyond it is never learned from.
 
     Raises:
       ValueError: an argument out of its range.
@@ -77,3 +85,137 @@ def _learned(rule: Any, window: int, relearn_after: RelearnAfter) -> Threshold:
     relearn_after = relearn_after_of(relearn_after, 64, warmup)
     made: Rule = rule(relearn_after is not None)
     return Learned(made, warmup, relearn_after, outliers_count=False)
+
+
+Published = Literal["olmo-core", "maxtext", "levanter"]
+
+
+def mean_plus_std_of_values(
+    num_stds: Any = 6.0, *, window: int = 128, relearn_after: int | None = 64
+) -> Threshold:
+    """`mean + k std` of the last values that were no outliers: of losses, which may be negative.
+
+    Args:
+      num_stds: k >= 0.
+      window: how many past values count, >= 2; no bound before half of it is known. Static.
+      relearn_after: after so many steps in a row beyond the bound it is learned anew, from the
+        values that come. None: never. Static.
+
+    Returns:
+      A `Threshold`, for `skip_outliers(of="loss")`. A value beyond it is never learned from; the
+      least spread is 1e-6.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Example:
+      >>> import optax, optaxclip
+      >>> from optaxclip.thresholds import mean_plus_std_of_values
+      >>> tx = optaxclip.skip_outliers(optax.adam(1e-3), mean_plus_std_of_values(4.0), of="loss")
+    """
+    check_bound(num_stds, "num_stds", schedule=False)
+    check_count(window, "window", least=2)
+    if relearn_after is not None:
+        check_count(relearn_after, "relearn_after")
+    least = max(2, window // 2)
+    return narrowed(RollingMoments(num_stds, window, least, 0, 1e-6, False, relearn_after))
+
+
+def as_published(which: Published, num_stds: Any = 6.0, *, window: int = 128) -> Threshold:
+    """The rule of a published skip-step optimizer, to the letter, of norms and values alike.
+
+    `mean + k std` of the last `window` numbers, outliers included. `"olmo-core"` and `"maxtext"`:
+    with the unbiased deviation, from half a window on. `"levanter"`: with the biased one, but at
+    least 1e-6, of `window + 1` numbers, one step later.
+
+    Args:
+      which: whose.
+      num_stds: k >= 0.
+      window: >= 2. Static.
+
+    Returns:
+      A `Threshold`, for `skip_outliers(of=("gradient", "loss"))`. Different here: a number that is
+      NaN or infinite is never learned from, where it would block a window of steps.
+
+    Raises:
+      ValueError: an unknown name; an argument out of its range.
+
+    Example:
+      >>> import optax, optaxclip
+      >>> from optaxclip.thresholds import as_published
+      >>> rule = as_published("olmo-core")
+      >>> tx = optaxclip.skip_outliers(optax.adam(1e-3), rule, of=("gradient", "loss"))
+
+    Source: `SkipStepOptimizer` of OLMo-core (c757b7c; before, it took `|n - mean|`),
+    `skip_step_on_spikes` of MaxText, `SkipStepConfig` of Levanter.
+    """
+    if which not in get_args(Published):
+        raise ValueError(f"unknown rule, got {which!r}. Use one of {get_args(Published)}.")
+    check_bound(num_stds, "num_stds", schedule=False)
+    check_count(window, "window", least=2)
+    least = max(2, window // 2)
+    if which == "levanter":
+        return narrowed(RollingMoments(num_stds, window + 1, least, 0, 1e-6, True, None))
+    return narrowed(RollingMoments(num_stds, window, least - 1, 1, 0.0, True, None))
+
+
+class RollingState(NamedTuple):
+    """State of `RollingMoments`."""
+
+    recent: jax.Array
+    """The last numbers, oldest first, [window, size]; the largest float where none."""
+    streak: jax.Array
+    """Steps in a row beyond the bound, [size], int32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RollingMoments:
+    """`mean + k max(std, floor)` of a window of numbers of any sign, once `least` are known."""
+
+    num_stds: Any
+    window: int
+    least: int
+    less: int
+    """What is subtracted from the number of values in the deviation's denominator."""
+    floor: float
+    outliers_count: bool
+    relearn_after: int | None
+
+    def init(self, norm: Norm, params: Tree) -> RollingState:
+        size = norm.groups(norm.leaves(params)).size
+        empty = jnp.full((self.window, size), UNKNOWN, jnp.float32)
+        return RollingState(empty, jnp.zeros(size, jnp.int32))
+
+    def bound(
+        self, norms: jax.Array, state: RollingState, context: Context
+    ) -> tuple[jax.Array, RollingState]:
+        del context
+        bounds, state = _rolled(norms, state, threshold=self)
+        return bounds.astype(norms.dtype), state
+
+    def _step(self, n: jax.Array, state: RollingState) -> tuple[jax.Array, RollingState]:
+        n = lax.stop_gradient(as_float32(n))
+        known = state.recent < UNKNOWN
+        count = jnp.sum(known, axis=0).astype(n.dtype)
+        mean = jnp.sum(jnp.where(known, state.recent, 0.0), axis=0) / jnp.maximum(count, 1)
+        deviation = jnp.where(known, state.recent - mean[None], 0.0)
+        total = jnp.sum(jnp.square(deviation), axis=0)
+        std = jnp.sqrt(total / jnp.maximum(count - self.less, 1))
+        bounds = mean + self.num_stds * jnp.maximum(std, self.floor)
+        bounds = jnp.where(count >= self.least, jnp.minimum(bounds, UNKNOWN), UNKNOWN)
+        beyond = n > bounds
+        counted = jnp.isfinite(n) if self.outliers_count else jnp.isfinite(n) & ~beyond
+        recent = jnp.where(counted[None], push(state.recent, n), state.recent)
+        streak = jnp.where(beyond, state.streak + 1, 0)
+        if self.relearn_after is not None:
+            again = streak >= self.relearn_after
+            recent = jnp.where(again[None], UNKNOWN, recent)
+            streak = jnp.where(again, 0, streak)
+        return bounds, RollingState(recent, streak)
+
+
+@once_compiled
+def _rolled(
+    norms: jax.Array, state: RollingState, *, threshold: RollingMoments
+) -> tuple[jax.Array, RollingState]:
+    return threshold._step(norms, state)

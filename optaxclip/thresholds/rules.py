@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaxclip._numerics import UNKNOWN
 from optaxclip.thresholds.learned import insert, pick, push, without
 
 Mode = Literal["zscore", "mean", "percentile"]
 
 
 class Window(NamedTuple):
-    """The last norms, inf where there is none yet; arrays [window, size]."""
+    """The last norms, `UNKNOWN` where there is none yet; arrays [window, size]."""
 
     history: jax.Array
     """Oldest first."""
@@ -35,13 +36,13 @@ class Percentile:
     factor: Any = 1.0
 
     def init(self, size: int) -> Window:
-        empty = jnp.full((self.window, size), jnp.inf, jnp.float32)
+        empty = jnp.full((self.window, size), UNKNOWN, jnp.float32)
         return Window(empty, empty + 0.0)  # two buffers, which may both be donated
 
     def seed(self, recent: jax.Array, ordered: jax.Array) -> Window:
         for oldest in recent[: max(len(recent) - self.window, 0)]:
             ordered = without(ordered, oldest)[:-1]
-        missing = jnp.full((self.window - len(ordered), recent.shape[1]), jnp.inf)
+        missing = jnp.full((self.window - len(ordered), recent.shape[1]), UNKNOWN, jnp.float32)
         return Window(_last(recent, self.window), jnp.concatenate([ordered, missing]))
 
     def early(self, norms: jax.Array) -> jax.Array:
@@ -50,7 +51,7 @@ class Percentile:
     def bound(self, memory: Window, norms: jax.Array) -> jax.Array:
         # The paper's window holds the present norm, which pulls high percentiles to a spike.
         rows = memory.ordered if self.robust else self._insert(memory, norms)
-        filled = jnp.sum(jnp.isfinite(rows), axis=0)
+        filled = jnp.sum(rows < UNKNOWN, axis=0)
         last = jnp.maximum(filled - 1, 0).astype(jnp.float32)
         # A traced percentile beyond the ends counts as the end: past it there is no norm to read.
         at = jnp.clip(jnp.asarray(self.percentile, jnp.float32) / 100 * last, 0.0, last)
@@ -78,7 +79,7 @@ class WindowMoments:
     robust: bool
 
     def init(self, size: int) -> jax.Array:
-        return jnp.full((self.window, size), jnp.inf, jnp.float32)
+        return jnp.full((self.window, size), UNKNOWN, jnp.float32)
 
     def seed(self, recent: jax.Array, ordered: jax.Array) -> jax.Array:
         del ordered
@@ -164,8 +165,8 @@ class Ratio:
             return jnp.mean(recent, axis=0)
 
         def clipped(norms: jax.Array) -> jax.Array:
-            # A leaf without a norm yet, inf here, added nothing to the length of the whole.
-            return jnp.minimum(norms, self.early(jnp.where(jnp.isfinite(norms), norms, 0.0)))
+            # A leaf without a norm yet added nothing to the length of the whole.
+            return jnp.minimum(norms, self.early(jnp.where(norms < UNKNOWN, norms, 0.0)))
 
         return jnp.min(jax.vmap(clipped)(recent), axis=0)
 
@@ -269,7 +270,7 @@ class Quantile:
             jnp.broadcast_to(x.astype(jnp.int32), ordered.shape[1:]) for x in (low, jnp.ceil(at))
         )
         below, above = (pick(ordered, place) for place in places)
-        known = jnp.isfinite(above)
+        known = above < UNKNOWN
         return jnp.where(known, below + (at - low) * (jnp.where(known, above, 0.0) - below), above)
 
     def early(self, norms: jax.Array) -> jax.Array:
@@ -286,8 +287,8 @@ class Quantile:
 
 
 def _moments(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the finite entries of each column."""
-    known = jnp.isfinite(rows)
+    """Mean and standard deviation of the known entries of each column."""
+    known = rows < UNKNOWN
     count = jnp.maximum(jnp.sum(known, axis=0), 1).astype(rows.dtype)
     mean = jnp.sum(jnp.where(known, rows, 0.0), axis=0) / count
     unit = jnp.maximum(mean, jnp.finfo(rows.dtype).tiny)  # squares stay in range
@@ -301,6 +302,6 @@ def _floor(mean: jax.Array, robust: bool) -> Any:
 
 
 def _last(rows: jax.Array, window: int) -> jax.Array:
-    """The last rows of a window, filled up in front with inf."""
-    missing = jnp.full((max(window - len(rows), 0), rows.shape[1]), jnp.inf)
+    """The last rows of a window, filled up in front with `UNKNOWN`."""
+    missing = jnp.full((max(window - len(rows), 0), rows.shape[1]), UNKNOWN, jnp.float32)
     return jnp.concatenate([missing, rows[-window:]])

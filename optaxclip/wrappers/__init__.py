@@ -7,3 +7,4 @@ from optaxclip.wrappers.guards import SkipOutliersState as SkipOutliersState
 from optaxclip.wrappers.guards import raise_if_stuck as raise_if_stuck
 from optaxclip.wrappers.guards import skip_nonfinite as skip_nonfinite
 from optaxclip.wrappers.guards import skip_outliers as skip_outliers
+from optaxclip.wrappers.watched import FirstNonfinite as FirstNonfinite

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Leaves, Tree
-from optaxclip._numerics import accumulator, once_compiled
+from optaxclip._numerics import accumulator, once_compiled, rounded
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -84,7 +84,7 @@ def error_feedback(
 def _with_carry(arrays: list[jax.Array], carry: list[jax.Array]) -> Any:
     """The sums, in the carry's dtype and in that of the leaves."""
     wide = [x.astype(d.dtype) + d for x, d in zip(arrays, carry, strict=True)]
-    return wide, [h.astype(x.dtype) for h, x in zip(wide, arrays, strict=True)]
+    return wide, [rounded(h, x.dtype) for h, x in zip(wide, arrays, strict=True)]
 
 
 @once_compiled

@@ -1,19 +1,20 @@
 """Guards: drop a whole step atomically, leaving parameters and optimizer state as they were."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import Tree
 from optaxclip._numerics import as_float32, once_compiled
 from optaxclip.measure.norms import By, Norm
-from optaxclip.measure.statistics import worst
-from optaxclip.thresholds.given import Context, as_threshold, non_negative
-from optaxclip.thresholds.outliers import mean_plus_std
+from optaxclip.thresholds.outliers import mean_plus_std, mean_plus_std_of_values
+from optaxclip.wrappers.watched import FirstNonfinite, Watched, first_steps
+
+_NAMES = 5
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -26,11 +27,16 @@ class SkipNonfiniteState(NamedTuple):
     stuck: jax.Array
     """Whether `max_consecutive` was ever reached, bool; see `raise_if_stuck`."""
     inner_state: Tree
+    seen_count: jax.Array
+    """Steps seen, skipped ones too, int32."""
+    nonfinite: FirstNonfinite
+    """Which leaf was not finite, and when first."""
 
 
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     *,
+    of: str | tuple[str, ...] = "gradient",
     norm: By | Norm = "global",
     max_consecutive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,6 +48,7 @@ def skip_nonfinite(
     Args:
       inner: the optimizer to guard; put the guard outermost, so that weight decay and
         schedules are skipped too.
+      of: what has to be finite, as for `skip_outliers`: `("gradient", "update", "loss")`.
       norm: a `Norm`, for its `exclude=` (a frozen part that is NaN, say) and its `axis_name=`.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
         `raise_if_stuck` in the host loop. Steps go on being skipped. None: never. Static.
@@ -73,7 +80,7 @@ def skip_nonfinite(
     if max_consecutive is not None:
         check_count(max_consecutive, "max_consecutive")
     inner = optax.with_extra_args_support(inner)
-    measured = norm if isinstance(norm, Norm) else Norm(norm)
+    watched = Watched.make(of, norm)
 
     def init_fn(params: Tree) -> SkipNonfiniteState:
         # Each counter is a buffer of its own, for all of them may be donated.
@@ -82,27 +89,36 @@ def skip_nonfinite(
             consecutive_count=jnp.zeros((), jnp.int32),
             stuck=jnp.zeros((), bool),
             inner_state=inner.init(params),
+            seen_count=jnp.zeros((), jnp.int32),
+            nonfinite=watched.never(params),
         )
 
     def update_fn(
         updates: Tree, state: SkipNonfiniteState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, SkipNonfiniteState]:
-        # A norm is finite exactly when every element is. XLA shares it with a clipper inside.
-        leaves = measured.leaves(updates)
-        norms = measured.measure(leaves, measured.groups(leaves))
-        finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(n)) for n in norms])
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
-        nothing = jax.tree.map(jnp.zeros_like, new_updates)
-        new_updates = _select(finite, new_updates, nothing)
-        new_inner = _select(finite, new_inner, state.inner_state)
+        seen = watched.look(updates, new_updates, extra_args)
+        nonfinite, finite = first_steps(
+            state.nonfinite, [x.finite for x in seen.values()], state.seen_count
+        )
         skipped, consecutive, stuck = _count(finite, *state[:3], max_consecutive=max_consecutive)
-        return new_updates, SkipNonfiniteState(skipped, consecutive, stuck, new_inner)
+        return _select(finite, new_updates, None), SkipNonfiniteState(
+            skipped,
+            consecutive,
+            stuck,
+            _select(finite, new_inner, state.inner_state),
+            optax.safe_increment(state.seen_count),
+            nonfinite,
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 class SkipOutliersState(NamedTuple):
-    """State of `skip_outliers`: its counters, the wrapped optimizer's state, what it measured."""
+    """State of `skip_outliers`: its counters, the wrapped optimizer's state, what it measured.
+
+    Where `of` is a tuple, what is measured is a dict by its names.
+    """
 
     skipped_count: jax.Array
     """Steps skipped, int32."""
@@ -113,32 +129,39 @@ class SkipOutliersState(NamedTuple):
     inner_state: Tree
     seen_count: jax.Array
     """Steps seen, skipped ones too, int32."""
-    norm: jax.Array
-    """The last gradient's norm, float32."""
-    threshold: jax.Array
-    """What it was held to, float32; inf while nothing is known."""
+    norm: Any
+    """The last norm, or value, float32."""
+    threshold: Any
+    """What it was held to, float32; the largest float while nothing is known."""
     threshold_state: Tree
+    beyond_count: Any
+    """Steps on which it was beyond that, or not finite, int32."""
+    nonfinite: FirstNonfinite
+    """Which leaf was not finite, and when first."""
 
 
 def skip_outliers(
     inner: optax.GradientTransformation,
     threshold: Any = None,
     *,
+    of: str | tuple[str, ...] = "gradient",
     norm: By | Norm = "global",
     max_consecutive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips every step whose gradient is far longer than usual, whole.
+    """Skips every step that is far from usual, whole: its gradient, its update, or its loss.
 
-    A step happens if `n <= c`, with n the norm and c its bound. Otherwise updates are zeros and the
+    A step happens if `n <= c` for each n that is measured. Otherwise updates are zeros and the
     state of `inner` (moments, schedules, clipping statistics) stays exactly as it was.
 
     Args:
       inner: the optimizer to guard; put the guard outermost.
-      threshold: c: a number >= 0, a traced scalar, a schedule of the steps seen, or a `Threshold`
-        such as `thresholds.mean_plus_std()`, which None stands for, or
-        `thresholds.multiple_of_quantile()`.
-      norm: a `Norm`, or its `by`. Of several norms each must be within its bound. `exclude=`
-        leaves a part out.
+      threshold: c: a number, a traced scalar, a schedule of the steps seen, or a `Threshold`;
+        of several things a dict by name too. None: `thresholds.mean_plus_std()` for norms,
+        `thresholds.mean_plus_std_of_values()` for values.
+      of: what is measured: `"gradient"`, `"update"` (which `inner` made), the name of a real scalar
+        that is passed to `update`, such as `"loss"`, or a tuple of these.
+      norm: a `Norm`, or its `by`, of gradient and update. Of several norms each must be within its
+        bound. `exclude=` leaves a part out.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
         `raise_if_stuck` in the host loop. None: never. Static.
 
@@ -146,32 +169,34 @@ def skip_outliers(
       A gradient transformation with a `SkipOutliersState`.
 
     Raises:
-      ValueError: a threshold that is negative or NaN; max_consecutive below 1.
+      ValueError: a threshold that is negative or NaN; max_consecutive below 1; a value that was
+        not passed, or is no scalar.
 
     Guarantees:
-      Nothing is multiplied by zero, so nothing of a skipped step survives. A gradient with a
-      NaN or an infinity is skipped, whatever the threshold.
-
-    Edge cases:
-      The first finite gradient passes where the bound is learned.
+      Nothing is multiplied by zero, so nothing of a skipped step survives. What is NaN or infinite
+      is skipped, whatever the threshold. Devices whose losses differ take their mean, and skip
+      alike.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
-      >>> tx = optaxclip.skip_outliers(optax.sgd(1.0))
+      >>> tx = optaxclip.skip_outliers(optax.sgd(1.0), of=("gradient", "loss"))
       >>> params = {"w": jnp.ones(1)}
       >>> state, update = tx.init(params), jax.jit(tx.update)
-      >>> for norm in [1.0, 1.1, 0.9, 50.0]:
-      ...     updates, state = update({"w": jnp.array([norm])}, state, params)
-      >>> print(updates["w"], state.skipped_count)
-      [0.] 1
+      >>> for loss in [*64 * [1.0, 1.1], 50.0]:
+      ...     updates, state = update({"w": jnp.ones(1)}, state, params, loss=loss)
+      >>> print(updates["w"], state.beyond_count["loss"], state.beyond_count["gradient"])
+      [0.] 1 0
     """
-    limit = as_threshold(mean_plus_std() if threshold is None else threshold)
     if max_consecutive is not None:
         check_count(max_consecutive, "max_consecutive")
     inner = optax.with_extra_args_support(inner)
-    measured = norm if isinstance(norm, Norm) else Norm(norm)
+    watched = Watched.make(of, norm)
+    limits = watched.limits(threshold, {False: mean_plus_std(), True: mean_plus_std_of_values()})
 
     def init_fn(params: Tree) -> SkipOutliersState:
+        def each(dtype: Any) -> Any:
+            return watched.only({name: jnp.zeros((), dtype) for name in watched.names})
+
         # Each scalar is a buffer of its own, for all of them may be donated.
         return SkipOutliersState(
             skipped_count=jnp.zeros((), jnp.int32),
@@ -179,36 +204,54 @@ def skip_outliers(
             stuck=jnp.zeros((), bool),
             inner_state=inner.init(params),
             seen_count=jnp.zeros((), jnp.int32),
-            norm=jnp.zeros((), jnp.float32),
-            threshold=jnp.zeros((), jnp.float32),
-            threshold_state=limit.init(measured, params),
+            norm=each(jnp.float32),
+            threshold=each(jnp.float32),
+            threshold_state=watched.only(watched.init(limits, params)),
+            beyond_count=each(jnp.int32),
+            nonfinite=watched.never(params),
         )
 
     def update_fn(
         updates: Tree, state: SkipOutliersState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, SkipOutliersState]:
-        leaves = measured.leaves(updates)
-        groups = measured.groups(leaves)
-        norms = measured.measure(leaves, groups)
-        context = Context(state.seen_count, measured, groups, leaves, params, extra_args)
-        found, threshold_state = limit.bound(groups.vector(norms), state.threshold_state, context)
-        n, c, beyond = worst(norms, non_negative(groups.blocks_of(found)))
-        usual = jnp.isfinite(n) & ~beyond
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
-        new_updates = _select(usual, new_updates, jax.tree.map(jnp.zeros_like, new_updates))
+        seen = watched.look(updates, new_updates, extra_args)
+        before, memories = watched.each(state.threshold_state), {}
+        measured, bounds, within = {}, {}, {}
+        for name, x in seen.items():
+            measured[name], bounds[name], within[name], memories[name] = x.judged(
+                limits[name], before[name], state.seen_count, params, extra_args
+            )
+        nonfinite, finite = first_steps(
+            state.nonfinite, [x.finite for x in seen.values()], state.seen_count
+        )
+        usual, beyond = _usual(finite, measured, within, watched.each(state.beyond_count))
         skipped, consecutive, stuck = _count(usual, *state[:3], max_consecutive=max_consecutive)
-        return new_updates, SkipOutliersState(
+        return _select(usual, new_updates, None), SkipOutliersState(
             skipped,
             consecutive,
             stuck,
             _select(usual, new_inner, state.inner_state),
             optax.safe_increment(state.seen_count),
-            as_float32(n),
-            as_float32(c),
-            threshold_state,
+            watched.only(jax.tree.map(as_float32, measured)),
+            watched.only(jax.tree.map(as_float32, bounds)),
+            watched.only(memories),
+            watched.only(beyond),
+            nonfinite,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@once_compiled
+def _usual(finite: jax.Array, measured: Any, within: Any, beyond: Any) -> tuple[jax.Array, Any]:
+    """Whether the step happens, and how often each number was beyond its bound."""
+    passed = {name: within[name] & jnp.isfinite(n) for name, n in measured.items()}
+    counts = {
+        name: jnp.where(ok, beyond[name], optax.safe_increment(beyond[name]))
+        for name, ok in passed.items()
+    }
+    return jnp.all(jnp.stack([finite, *passed.values()])), counts
 
 
 @once_compiled
@@ -229,11 +272,15 @@ def _count(
 
 
 @once_compiled
-def _select(pick_new: jax.Array, new: Tree, old: Tree) -> Tree:
-    def select(n: Any, o: Any) -> Any:
-        return n if n.dtype == jax.dtypes.float0 else jnp.where(pick_new, n, o)
+def _select(happened: jax.Array, new: Tree, old: Tree | None) -> Tree:
+    """The new tree, or where the step is skipped the old one; None: zeros."""
 
-    return jax.tree.map(select, new, old)
+    def select(n: Any, o: Any = None) -> Any:
+        if n.dtype == jax.dtypes.float0:
+            return n
+        return jnp.where(happened, n, jnp.zeros_like(n) if o is None else o)
+
+    return jax.tree.map(select, new) if old is None else jax.tree.map(select, new, old)
 
 
 def raise_if_stuck(opt_state: Tree) -> None:
@@ -246,7 +293,9 @@ def raise_if_stuck(opt_state: Tree) -> None:
       opt_state: the state of an optimizer with a guard anywhere inside.
 
     Raises:
-      FloatingPointError: with the number of steps skipped in all, and in a row up to now.
+      FloatingPointError: with the number of steps skipped in all, and in a row up to now; which
+        leaves were not finite, and on which step first, counted from 0; what was how often
+        beyond its bound.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -256,7 +305,7 @@ def raise_if_stuck(opt_state: Tree) -> None:
       >>> optaxclip.raise_if_stuck(state)
       Traceback (most recent call last):
       ...
-      FloatingPointError: a guard skipped max_consecutive steps in a row because the ...
+      FloatingPointError: a guard skipped max_consecutive steps in a row because what ...
     """
     guards = (SkipNonfiniteState, SkipOutliersState)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, guards)):
@@ -267,8 +316,31 @@ def raise_if_stuck(opt_state: Tree) -> None:
             if bool(stuck):
                 outlier = "an outlier or " if isinstance(state, SkipOutliersState) else ""
                 raise FloatingPointError(
-                    "a guard skipped max_consecutive steps in a row because the gradient was"
+                    "a guard skipped max_consecutive steps in a row because what it looks at was"
                     f" {outlier}not finite, got {int(skipped)} steps skipped in all,"
-                    f" {int(consecutive)} in a row up to now. Look at the loss and the data of"
-                    " these steps, lower the learning rate, or resume from a checkpoint."
+                    f" {int(consecutive)} in a row up to now{_reasons(state)}. Look at the loss"
+                    " and the data of these steps, lower the learning rate, or resume from a"
+                    " checkpoint."
                 )
+
+
+def _reasons(state: SkipNonfiniteState | SkipOutliersState) -> str:
+    """What was how often beyond its bound; what was not finite and when first, in that order."""
+    reasons = ""
+    if isinstance(state, SkipOutliersState):
+        counts = state.beyond_count
+        named = counts.items() if isinstance(counts, dict) else [("", counts)]
+        numbers = [f"{name} {int(jax.tree.leaves(x)[0])}".strip() for name, x in named]
+        reasons = f"; steps beyond the bound: {', '.join(numbers)}"
+    if not isinstance(state.nonfinite, FirstNonfinite):
+        return reasons
+    (steps,) = jax.tree.leaves(state.nonfinite)
+    found = sorted(
+        (int(step), name)
+        for name, step in zip(state.nonfinite.names, np.asarray(steps), strict=True)
+        if step >= 0
+    )
+    first = [f"{name} (step {step})" for step, name in found[:_NAMES]]
+    more = len(found) - _NAMES
+    first += [f"{more} more"] if more > 0 else []
+    return reasons + (f"; first not finite: {', '.join(first)}" if first else "")

@@ -34,6 +34,20 @@ def test_unstable_training_needs_a_clipper(tmp_path):
     assert (tmp_path / "unstable_training.png").read_bytes().startswith(PNG)
 
 
+def test_two_spikes_are_each_survived_by_one_line(tmp_path):
+    """In neither is the gradient much longer than usual."""
+    done = succeeded(run("two_spikes.py", "--out", tmp_path, hurry=False))
+    assert 'skip_outliers(adam, of="loss")' in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    for accident, spike in (("loss", 100), ("update", 20)):
+        plain, gradient, cured = found[accident].values()
+        assert plain["spike"] > spike
+        assert plain["gradient"] < 3
+        assert min(plain["worst"], gradient["worst"]) > 2 * cured["worst"]
+        assert cured["worst"] < 2 * cured["before"]
+    assert (tmp_path / "two_spikes.png").read_bytes().startswith(PNG)
+
+
 def test_fsdp_transformer_learns_with_everything_split_but_the_statistics():
     done = succeeded(run("fsdp_transformer.py", "--quick"))
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]

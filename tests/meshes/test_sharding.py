@@ -1,6 +1,5 @@
 """Norms and clippers on a mesh equal those of the unsharded tree."""
 
-import dataclasses
 import functools
 
 import jax
@@ -186,10 +185,10 @@ def test_bounds_of_elements_are_sharded_like_the_elements(mesh, grads, relearn_a
     expected, expected_state = jit(two_steps)(grads)
     state_specs = jax.tree.map(lambda _: P(), expected_state)
     if relearn_after is None:
-        state_specs = dataclasses.replace(state_specs, threshold_state=SPECS)
+        state_specs = state_specs._replace(threshold_state=SPECS)
     else:
         learned = state_specs.threshold_state._replace(shares=SPECS)
-        state_specs = dataclasses.replace(state_specs, threshold_state=learned)
+        state_specs = state_specs._replace(threshold_state=learned)
     sharded = jax.shard_map(two_steps, mesh=mesh, in_specs=(SPECS,), out_specs=(SPECS, state_specs))
     held = placed(mesh, grads)
     for run in (jit(sharded), jit(two_steps)):

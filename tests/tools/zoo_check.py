@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tools.agreement import assert_equals_oracle, close, normal
 from tools.quick import quick_jit
 
-from optaxclip._leaves import path_name
+from optaxclip._leaves import leaves_with_path, path_name
 from optaxclip.per_example import clipped_grad, materialize, per_example_grad
 
 
@@ -24,7 +24,7 @@ def check(loss, params, batch, stacked=None, *, clipped=False, **kwargs):
     loss = jax.jit(loss)  # traced once
     whole = isinstance(stacked, str)
     stacked = {"": stacked} if whole else (stacked or {})
-    paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    paths = [path_name(path) for path, _ in leaves_with_path(params)]
     whys = {p: why for p in paths for end, why in stacked.items() if p.endswith(end)}
     assert all(any(p.endswith(end) for p in paths) for end in stacked)
     plan = assert_equals_oracle(loss, params, batch, fallbacks=whys, **kwargs)
