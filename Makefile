@@ -62,7 +62,7 @@ compilers: .venv-tpu/.ready .venv-cuda12/.ready
 	$(PYTHON) -m venv --clear .venv-$*
 	$(BIN)/python -m pip freeze --exclude-editable > .venv-$*/versions.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint .venv-$*/versions.txt 'jax[$*]' optax
+	  --constraint .venv-$*/versions.txt 'jax[$*]' optax jax-privacy
 	@touch $@
 
 dist: $(READY)

@@ -14,7 +14,7 @@ import _compilers
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _at_scale_grid import MODELS, Model
+from _at_scale_grid import MODELS, PLAIN, Model
 from jax import lax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
@@ -87,19 +87,17 @@ def gradient(system: str, model: Model) -> Callable[[Any, Any], Any]:
         each = jax.vmap(loss, (None, 0), spmd_axis_name="data")
         return jax.grad(lambda p: jnp.sum(each(p, batch)))(params)
 
-    if system == "plain":
+    bounds = jax.tree.map(lambda x: 1.0, shapes(model))
+    if system == PLAIN:
         return plain
-    if system == "optaxclip":
+    if system == "optaxclip, whole gradient":
         return optaxclip.clipped_grad(loss, l2_clip_norm=1.0, method="two_pass", **whole)
-    if system == "optaxclip by layer":
-        bounds = jax.tree.map(lambda x: 1.0, shapes(model))
-        bounds["layers"] = jax.tree.map(
-            lambda x: np.ones(x.shape[0], np.float32), shapes(model)["layers"]
-        )
-        return optaxclip.clipped_grad(loss, l2_clip_norm=bounds, method="one_pass", **whole)
-    if system == "optaxclip by leaf":
-        bounds = jax.tree.map(lambda x: 1.0, shapes(model))
+    if system == "optaxclip, by leaf":
         return optaxclip.clipped_grad(loss, l2_clip_norm=bounds, method="two_pass", **whole)
+    if system == "optaxclip, by layer":
+        each = np.ones(model.layers, np.float32)
+        bounds["layers"] = jax.tree.map(lambda _: each, bounds["layers"])
+        return optaxclip.clipped_grad(loss, l2_clip_norm=bounds, method="one_pass", **whole)
     return privacy_clipped_grad(loss, l2_clip_norm=1.0, microbatch_size=model.chips, **whole)
 
 
@@ -118,7 +116,7 @@ def case(kind: str, model: str, tokens: int, system: str) -> dict[str, Any]:
     """Compiles one program for a mesh."""
     m = MODELS[model]
     side = int(m.chips**0.5)
-    topology = topologies.get_topology_desc(f"{kind}:{m.grid or f'{side}x{side}'}", "tpu")
+    topology = topologies.get_topology_desc(f"{kind}:{side}x{side}", "tpu")
     mesh = Mesh(np.array(topology.devices).reshape(-1), ("data",))
     params = shapes(m)
     of_params = jax.tree.map(lambda x: split(x, mesh), params)

@@ -11,7 +11,7 @@ class Model:
     layers: int
     heads: int
     chips: int
-    grid: str = ""
+    kind: str = "v5e"
     words: int = 32_000
     tokens_a_chip: int = 4096
 
@@ -23,6 +23,11 @@ class Model:
 MODELS = {
     "134M": Model(768, 12, 12, 16),
     "1B": Model(2048, 18, 16, 256),
-    "7B": Model(4096, 32, 32, 256, tokens_a_chip=1024),
+    "7B": Model(4096, 32, 32, 256, "v6e"),
 }
-SYSTEMS = ("plain", "optaxclip", "optaxclip by layer", "optaxclip by leaf", "jax-privacy")
+TOKENS = (1024, 4096)
+PLAIN = "plain gradient"
+SYSTEMS = (
+    PLAIN, "optaxclip, whole gradient", "optaxclip, by layer", "optaxclip, by leaf",
+    "jax-privacy, one example a chip",
+)  # fmt: skip

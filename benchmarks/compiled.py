@@ -52,7 +52,7 @@ def main() -> None:
         found = json.loads(args.rows.read_text())
     else:
         cases = [*_on_chips(args), *_on_meshes(args)]
-        parts = [_compile(extra, cases) for extra in dict.fromkeys(KINDS.values())]
+        parts = [compile_in_turn(extra, cases) for extra in dict.fromkeys(KINDS.values())]
         found = {
             "versions": {k: v for versions, _ in parts for k, v in versions.items()},
             "rows": [row for _, rows in parts for row in rows],
@@ -88,7 +88,9 @@ def _on_meshes(args: argparse.Namespace) -> list[dict[str, str]]:
     ]
 
 
-def _compile(extra: str, cases: Sequence[dict[str, str]]) -> tuple[dict[str, str], list[dict]]:
+def compile_in_turn(
+    extra: str, cases: Sequence[dict[str, Any]], script: str = "_compiled_cases.py"
+) -> tuple[dict[str, str], list[dict]]:
     """Versions, and a row for each of the cases of this compiler, in a process of its own.
 
     If the process dies, as when a check inside the compiler fails, the case it was at gets an
@@ -98,7 +100,7 @@ def _compile(extra: str, cases: Sequence[dict[str, str]]) -> tuple[dict[str, str
     versions: dict[str, str] = {}
     rows: list[dict] = []
     while ahead:
-        (versions, *found), complaint = _run(extra, ahead)
+        (versions, *found), complaint = _run(extra, ahead, script)
         if len(found) < len(ahead):
             found.append(ahead[len(found)] | {"error": f"the compiler died: {complaint}"})
         rows += found
@@ -106,7 +108,7 @@ def _compile(extra: str, cases: Sequence[dict[str, str]]) -> tuple[dict[str, str
     return versions, rows
 
 
-def _run(extra: str, cases: Sequence[dict[str, str]]) -> tuple[list[dict], str]:
+def _run(extra: str, cases: Sequence[dict[str, Any]], script: str) -> tuple[list[dict], str]:
     """The lines of JSON that a process printed, and the last line of what it complained of."""
     python = ROOT / f".venv-{extra}" / "bin" / "python"
     if not python.exists():
@@ -119,7 +121,7 @@ def _run(extra: str, cases: Sequence[dict[str, str]]) -> tuple[list[dict], str]:
         json.dump(cases, given)
         given.seek(0)
         process = subprocess.Popen(
-            [python, Path(__file__).with_name("_compiled_cases.py")],
+            [python, Path(__file__).with_name(script)],
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -138,11 +140,11 @@ def _run(extra: str, cases: Sequence[dict[str, str]]) -> tuple[list[dict], str]:
 
 
 def _progress(row: dict[str, Any]) -> str:
-    if "name" not in row:
+    if "kind" not in row:
         return ""
-    place = row.get("tree") or f"{row['mesh']} {row['layout']}"
+    names = ("kind", "tree", "mesh", "layout", "name", "model", "tokens", "system")
     said = row.get("error") or f"{row['seconds']:.1f} s"
-    return f"{row['kind']} {place}: {row['name']}, {said}\n"
+    return f"{' '.join(str(row[n]) for n in names if n in row)}: {said}\n"
 
 
 def _arguments() -> argparse.Namespace:

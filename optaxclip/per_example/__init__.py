@@ -4,8 +4,8 @@ From the top down: the doors (`gradients`, `schedules`, `plan`) check arguments 
 `checks`, `fallbacks`), estimate costs (`costs`, `flops`, `table`) and choose a schedule (`choice`),
 by which `weighed` sums. `flatten` makes nested blocks of equations of the loss (`program`; `scan`,
 `branches` and `checkpoint` for control flow, with `partial`, `lift`, `uses`). `backward` runs them,
-and measures on the spot what is used once (`spots`); of the rest it keeps forms. `walk` goes through
-them forward with taps and back to forms, by the rules of the `registry` and, through code on
+and measures on the spot what is used once (`spots`); of the rest it keeps forms. `walk` goes
+through them forward with taps and back to forms, by the rules of the `registry` and, through code on
 parameters alone, by `pullback` and `isometries`. `forms` are the gradients; `layout` and
 `contractions` are what they stand on, `trees` and `safe_norms` sum over them.
 
