@@ -61,10 +61,11 @@ def reweighted_grad(
       weights: squared norms [B] -> weights [B]. No gradient flows through it.
       argnums: as for `per_example_grad`, and so are the options below.
       method: `"one_pass"`: norms and sum from factored gradients, which are held in between.
-        `"two_pass"`: norms from factored gradients, then the gradient of `sum_b c_b loss_b`:
-        a second forward and backward pass; one pass where a `custom_vjp` in the loss may not be
-        linear, as the loss cannot be scaled then. `"vmap"`: the gradients of all examples, stacked.
-        `"auto"`: one pass or stacked, by bytes and operations estimated from shapes.
+        `"two_pass"`: one pass forward, then norms from a pass back that holds nothing but what
+        parameters with several uses need, then the gradient of `sum_b c_b loss_b`; one pass where
+        a `custom_vjp` in the loss may not be linear, as the loss cannot be scaled then. `"vmap"`:
+        the gradients of all examples, stacked. `"auto"`: by bytes and operations estimated from
+        shapes; two passes where the batch is not to be cut and all else holds too much.
       microbatch_size: how many examples to take at a time, in a `lax.scan`: a divisor of B. What
         is held is then that of so many examples, and `weights` sees so many at a time. `"auto"`:
         half of them, or fewer where that would hold more than a plain gradient, as under
@@ -86,7 +87,8 @@ def reweighted_grad(
       TypeError: a micro-batch size that is no whole number; otherwise as `per_example_grad`.
 
     Guarantees:
-      All methods give the same numbers to rounding. Under `jit`, what a method does not need
+      All methods give the same numbers to rounding; where the terms of a norm cancel, `"two_pass"`
+      gives an upper bound of it. Under `jit`, what a method does not need
       is not computed.
 
     Edge cases:
