@@ -12,7 +12,7 @@ import pytest
 from tools.pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
 
 import optaxclip
-from optaxclip.per_example import registry
+from optaxclip.per_example.engine import registry
 
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if blocks(page)]

@@ -146,6 +146,22 @@ def test_each_room_imports_only_rooms_below_it():
     assert upward == []
 
 
+def test_each_room_of_per_example_imports_only_rooms_below_it():
+    """Of the list in its docstring; the doors, which stand beside the rooms, may import all."""
+    package = ROOT / "optaxclip" / "per_example"
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    rooms = re.findall(r"^\* `(\w+)`:", text, flags=re.MULTILINE)
+    assert {*rooms} == {p.name for p in package.iterdir() if (p / "__init__.py").exists()}
+    upward = [
+        f"{path.relative_to(package)} imports {module}.{name}"
+        for k, room in enumerate(rooms)
+        for path in (package / room).rglob("*.py")
+        for module, name in names_from("per_example", ast.parse(path.read_text()))
+        if (module or name).split(".")[0] not in rooms[k:]
+    ]
+    assert upward == []
+
+
 @pytest.mark.parametrize(
     "room", ["clippers", "wrappers", "thresholds", "measure", "selection", "robustness"]
 )

@@ -9,11 +9,11 @@ import numpy as np
 
 from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 from optaxclip._numerics import root
-from optaxclip.per_example.arguments import Argnums, Call, Options, call_of
-from optaxclip.per_example.explicit_axes import on_automatic_axes
-from optaxclip.per_example.factored import factored, see, stacked
-from optaxclip.per_example.forms import zero_like
-from optaxclip.per_example.trees import materialize, sq_norms, weighted_sum
+from optaxclip.per_example.engine.arguments import Argnums, Call, Options, call_of
+from optaxclip.per_example.forms.explicit_axes import on_automatic_axes
+from optaxclip.per_example.forms.forms import zero_like
+from optaxclip.per_example.forms.trees import materialize, sq_norms, weighted_sum
+from optaxclip.per_example.schedules.factored import factored, see, stacked
 
 
 def check_per_example(

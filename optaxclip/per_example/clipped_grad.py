@@ -13,12 +13,12 @@ import numpy as np
 
 from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Tree
-from optaxclip.per_example.arguments import Argnums, Options, call_of, unbatched_aux
-from optaxclip.per_example.clipped_sum import Clipping
-from optaxclip.per_example.costs import Method
-from optaxclip.per_example.explicit_axes import on_automatic_axes
-from optaxclip.per_example.microbatches import check_divides
-from optaxclip.per_example.schedules import check_method
+from optaxclip.per_example.engine.arguments import Argnums, Options, call_of, unbatched_aux
+from optaxclip.per_example.forms.explicit_axes import on_automatic_axes
+from optaxclip.per_example.reweighted import check_method
+from optaxclip.per_example.schedules.clipped_sum import Clipping
+from optaxclip.per_example.schedules.costs import Method
+from optaxclip.per_example.schedules.microbatches import check_divides
 
 
 class AuxiliaryOutput(NamedTuple):

@@ -1,7 +1,7 @@
 """Parameters whose gradients are stacked because no exact factored form was found."""
 
 from optaxclip._leaves import Tree, leaves_with_path, path_name, place
-from optaxclip.per_example.forms import Dense, Form, is_form, terms
+from optaxclip.per_example.forms.forms import Dense, Form, is_form, terms
 
 
 def reason(form: Form) -> str:

@@ -8,13 +8,13 @@ import jax
 
 from optaxclip._leaves import Tree
 from optaxclip._numerics import root
-from optaxclip.per_example import rules as rules
-from optaxclip.per_example.arguments import Argnums, Call, Options, call_of, unbatched_aux
-from optaxclip.per_example.explicit_axes import on_automatic_axes
-from optaxclip.per_example.factored import factored, see
+from optaxclip.per_example.engine import rules as rules
+from optaxclip.per_example.engine.arguments import Argnums, Call, Options, call_of, unbatched_aux
 from optaxclip.per_example.fallbacks import refuse_fallbacks
-from optaxclip.per_example.forms import Form, zero_like
-from optaxclip.per_example.trees import sq_norms
+from optaxclip.per_example.forms.explicit_axes import on_automatic_axes
+from optaxclip.per_example.forms.forms import Form, zero_like
+from optaxclip.per_example.forms.trees import sq_norms
+from optaxclip.per_example.schedules.factored import factored, see
 
 
 def per_example_grad(

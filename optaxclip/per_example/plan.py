@@ -7,18 +7,18 @@ from typing import Any
 import jax
 
 from optaxclip._leaves import leaves_with_path, path_name, place
-from optaxclip.per_example.arguments import Argnums, Options, call_of
-from optaxclip.per_example.choice import estimated
-from optaxclip.per_example.costs import (
+from optaxclip.per_example.engine.arguments import Argnums, Options, call_of
+from optaxclip.per_example.fallbacks import reason
+from optaxclip.per_example.forms.forms import Form, is_form, terms, zero_like
+from optaxclip.per_example.schedules.choice import estimated
+from optaxclip.per_example.schedules.costs import (
     Costs,
     bytes_of,
     norm_flops,
     plain_flops,
     sum_flops,
 )
-from optaxclip.per_example.factored import factored, see
-from optaxclip.per_example.fallbacks import reason
-from optaxclip.per_example.forms import Form, is_form, terms, zero_like
+from optaxclip.per_example.schedules.factored import factored, see
 from optaxclip.per_example.table import amount, note, table
 
 

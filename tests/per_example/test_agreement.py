@@ -8,7 +8,8 @@ from jax import lax
 from jax.extend.core.primitives import rem_p
 from tools.agreement import normal
 
-from optaxclip.per_example import Dense, register_rule, registry
+from optaxclip.per_example import Dense, register_rule
+from optaxclip.per_example.engine import registry
 from optaxclip.testing import check_per_example
 
 PARAMS = {"w": normal(0, 3, 2), "b": np.zeros(2), "step": 3}

@@ -8,9 +8,9 @@ from tools.agreement import close, normal, stacked_grads
 from tools.quick import quick_jit
 
 from optaxclip.per_example import clipped_grad
-from optaxclip.per_example.arguments import Options, call_of
-from optaxclip.per_example.factored import see
-from optaxclip.per_example.flops import flops
+from optaxclip.per_example.engine.arguments import Options, call_of
+from optaxclip.per_example.schedules.factored import see
+from optaxclip.per_example.schedules.flops import flops
 
 
 def params():

@@ -9,8 +9,8 @@ from tools.agreement import normal
 from tools.quick import run
 
 from optaxclip.per_example import clipped_grad, per_example_norms, sq_norms
-from optaxclip.per_example.forms import Outer
-from optaxclip.per_example.layout import Layout
+from optaxclip.per_example.forms.forms import Outer
+from optaxclip.per_example.forms.layout import Layout
 
 B = 6
 

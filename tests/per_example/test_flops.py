@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from optaxclip.per_example.flops import flops
+from optaxclip.per_example.schedules.flops import flops
 
 A, B = np.ones((8, 16)), np.ones((16, 4))
 IMAGES, KERNEL = np.ones((2, 3, 9, 9)), np.ones((5, 3, 3, 3))

@@ -10,9 +10,10 @@ import pytest
 from tools.agreement import close, normal
 from tools.quick import run
 
-from optaxclip.per_example import Dense, Gathered, Outer, Sum, contractions, per_example_norms
-from optaxclip.per_example.forms import add, scale
-from optaxclip.per_example.layout import Layout
+from optaxclip.per_example import Dense, Gathered, Outer, Sum, per_example_norms
+from optaxclip.per_example.forms import contractions
+from optaxclip.per_example.forms.forms import add, scale
+from optaxclip.per_example.forms.layout import Layout
 
 B, SHAPE = 3, (6, 4)
 ROWS = Layout(SHAPE, jnp.dtype("float64"), ((), (0,), (1,)))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tools.agreement import normal
 
-from optaxclip.per_example.layout import Layout
+from optaxclip.per_example.forms.layout import Layout
 
 F64 = jnp.dtype("float64")
 

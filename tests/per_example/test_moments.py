@@ -55,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("at_once", [2**24, 20])
 def test_equals_the_mean_of_squares(name, at_once, monkeypatch):
-    monkeypatch.setattr("optaxclip.per_example.moments._AT_ONCE", at_once)
+    monkeypatch.setattr("optaxclip.per_example.aggregators.moments._AT_ONCE", at_once)
     fun, shapes, batch = CASES[name]
     params = {k: normal(i, *shape) for i, (k, shape) in enumerate(shapes.items())}
     batch = normal(9, *batch) if isinstance(batch, tuple) else batch

@@ -5,8 +5,9 @@ from jax import lax
 from tools.agreement import assert_equals_oracle, normal
 
 from optaxclip._compat import primitives
-from optaxclip.per_example import Dense, per_example_grad, registry
-from optaxclip.per_example.registry import register_rule
+from optaxclip.per_example import Dense, per_example_grad
+from optaxclip.per_example.engine import registry
+from optaxclip.per_example.engine.registry import register_rule
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from tools.models import mlp, mlp_batch, mlp_params
 from tools.quick import quick_jit
 
 from optaxclip.per_example import explain, reweighted_grad
-from optaxclip.per_example.choice import best_size
-from optaxclip.per_example.costs import Costs
+from optaxclip.per_example.schedules.choice import best_size
+from optaxclip.per_example.schedules.costs import Costs
 
 METHODS = ["one_pass", "two_pass", "vmap", "auto"]
 every = pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,1 @@
+"""From per-example gradients to one update, inside `optax.chain`."""

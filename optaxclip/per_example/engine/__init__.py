@@ -1,0 +1,1 @@
+"""The loss as a program: build it, walk it forward, pull gradients back to the parameters."""

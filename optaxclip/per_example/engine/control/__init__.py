@@ -1,0 +1,1 @@
+"""Loops, branches and checkpoints in which a parameter meets the example."""

@@ -1,6 +1,0 @@
-"""One file per family of primitives; importing them registers them."""
-
-from optaxclip.per_example.rules import conv as conv
-from optaxclip.per_example.rules import dot_general as dot_general
-from optaxclip.per_example.rules import elementwise as elementwise
-from optaxclip.per_example.rules import gather as gather
