@@ -36,6 +36,12 @@ _UNNAMED = frozenset({
     "pvary", "pcast", "psum_invariant", "mesh_cast", "reshard", "shard_map", "random_wrap",
     "random_unwrap", "layout_constraint",
 })  # fmt: skip
+# As JAX names them; those that only say how a value varies are none.
+_COLLECTIVES = frozenset({
+    "psum", "psum_invariant", "pmax", "pmin", "ppermute", "pgather", "all_gather",
+    "all_gather_invariant", "all_gather_reduced", "all_to_all", "ragged_all_to_all",
+    "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter", "pbroadcast",
+})  # fmt: skip
 _JAX = str(pathlib.Path(jax.__file__).parent)
 _CALLS = (primitives.jit_p, primitives.closed_call_p, primitives.call_p)
 
@@ -107,6 +113,15 @@ def scan_counts(equation: JaxprEqn) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carries, _ = params["ft_in"].unpack()
     return len(consts), len(carries)
+
+
+def collective_axes(equation: JaxprEqn) -> frozenset[str]:
+    """The names of the mesh axes over which an equation itself exchanges or adds up values."""
+    if equation.primitive.name not in _COLLECTIVES:
+        return frozenset()
+    found = equation.params.get("axes", equation.params.get("axis_name", ()))
+    names = found if isinstance(found, tuple | frozenset | set | list) else (found,)
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def live_jaxpr(jaxpr: Any) -> Any:

@@ -19,12 +19,20 @@ other inputs the rule is told what it is told by `vmap(grad)`.
    is scaled to weigh its gradients.
 """
 
+from collections.abc import Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip._compat import JaxprEqn, is_own, jaxprs_of, primitives, source_line
+from optaxclip._compat import (
+    JaxprEqn,
+    collective_axes,
+    is_own,
+    jaxprs_of,
+    primitives,
+    source_line,
+)
 
 # Their derivatives are zero whatever comes in: nothing is differentiated beyond them.
 _FLAT = frozenset({
@@ -67,6 +75,24 @@ def is_linear(eqn: JaxprEqn) -> bool:
 def is_differentiable(aval: Any) -> bool:
     """Whether gradients flow through values of a type."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def check_own(jaxpr: Any, axes: Set[str]) -> None:
+    """Raises inside `jax.shard_map` for a loss that mixes what devices have, along such axes.
+
+    Of examples that meet there is no gradient of one, and of a weight that is split a device sees
+    the gradient of its part: its norm would be too small. `vmap(grad)` is no better.
+    """
+    for eqn in jaxpr.eqns if axes else ():
+        if found := collective_axes(eqn) & axes:
+            raise ValueError(
+                "the loss of one example must be taken on one device inside jax.shard_map, got"
+                f" {eqn.primitive} over {', '.join(sorted(found))} at {source_line(eqn)}, where"
+                " examples or parameters are split. Split parameters under jax.jit instead, by"
+                " their shardings and jax.lax.with_sharding_constraint: norms are whole there."
+            )
+        for body in jaxprs_of(eqn):
+            check_own(getattr(body, "jaxpr", body), axes)
 
 
 def _asks(eqn: JaxprEqn) -> bool:

@@ -20,9 +20,11 @@ from optaxclip._compat import (
     is_literal,
     live_jaxpr,
     primitives,
+    varying_axes,
     within,
 )
 from optaxclip.per_example.engine.assumptions import (
+    check_own,
     is_flat,
     is_linear,
     unseen,
@@ -37,9 +39,11 @@ from optaxclip.per_example.engine.program import Block, ControlFlow, Equation, P
 def trace(fun: Callable, params: list[Any], example: list[Any]) -> tuple[Program, Any]:
     """The program of `fun(params, example) -> (loss, aux)`; the structure of `aux`.
 
-    Raises `UnseenError` where `assumptions` do not hold.
+    Raises `UnseenError` where `assumptions` do not hold, and ValueError for a loss that mixes what
+    devices have.
     """
     closed, (_, aux) = jax.make_jaxpr(fun, return_shape=True)(params, example)
+    check_own(closed.jaxpr, {axis for x in params for axis in varying_axes(x)})
     count = len(params)
     builder = Builder()
     consts = [builder.constant(c) for c in closed.consts]
