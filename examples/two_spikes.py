@@ -1,7 +1,7 @@
 """Two accidents that a clipper of the gradient does not see, each survived by one line.
 
 * A shard of bad data: 30 batches with nonsense for targets. Under an absolute error the gradient is
-  hardly longer than ever, only the loss jumps. `skip_outliers(adam, of="loss")` drops these steps.
+  hardly longer than ever, only the loss jumps. `skip_outliers(adam)`, given the loss, drops them.
 * A sensor that was off is switched on. The gradient is hardly longer than ever, but Adam has seen
   none for the weights of that sensor: their second moments are zero, and for dozens of steps the
   update is many times its usual length. A clipper after Adam holds it.
@@ -61,8 +61,10 @@ ACCIDENTS = {
         "a shard of bad data",
         {
             "adam": lambda: ADAM,
-            "skip_outliers(adam)": lambda: optaxclip.skip_outliers(ADAM),
-            'skip_outliers(adam, of="loss")': lambda: optaxclip.skip_outliers(ADAM, of="loss"),
+            'skip_outliers(adam, of="gradient")': lambda: optaxclip.skip_outliers(
+                ADAM, of="gradient"
+            ),
+            "skip_outliers(adam)": lambda: optaxclip.skip_outliers(ADAM),  # the loss too
         },
         "loss",
     ),
@@ -130,7 +132,7 @@ def figure_of(curves: dict[str, dict[str, Curves]]) -> Figure:
                 row[1].plot(found.error, color=colour, label=run, lw=1.2)
             row[1].set(yscale="log", title="error on sound data")
             for ax in row:
-                ax.legend(fontsize=7.5)
+                ax.legend(fontsize=7.5, handlelength=1.2)
         for ax in axes[-1]:
             ax.set(xlabel="step", xlim=(EVENT - 200, STEPS))
         return figure

@@ -118,6 +118,9 @@ def _is_new(path: str, saved: Collection[str]) -> bool:
     """Whether a state has something here that one of 0.1.0 had not."""
     if path.rpartition("/")[2] == "ordered":
         return path.removesuffix("ordered") + "recent" in saved
+    guard, of_loss, _ = path.rpartition("loss/")
+    if of_loss and f"{guard}skipped_count" in saved:  # of a guard, not of a parameter called so
+        return path not in saved
     return path.endswith(_NEW)
 
 

@@ -177,10 +177,12 @@ def _of_others(tree: Tree, found: dict[str, Any]) -> None:
             found |= _named(f"{own}/norm", node.by_prefix, norms)
         elif isinstance(node, SkipNonfiniteState | SkipOutliersState):
             own = _free(_GUARDS[type(node)], found)
+            loss = getattr(node, "loss", None)
             for field in _OF_GUARDS:
                 held: Any = getattr(node, field, ())
                 several = isinstance(held, dict)
                 by_name = {f"/{k}": x for k, x in held.items()} if several else {"": held}
+                by_name["/loss"] = by_name.get("/loss", getattr(loss, field, ()))
                 leaves = {k: jax.tree.leaves(x) for k, x in by_name.items()}
                 found |= {f"{own}/{field}{k}": x[0] for k, x in leaves.items() if x}
             (steps,) = jax.tree.leaves(node.nonfinite)

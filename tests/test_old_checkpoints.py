@@ -88,3 +88,20 @@ def test_deep_in_an_optimizer():
     found = from_0_1_0({"0": saved("zclip"), "1": adam}, state)
     assert float(found[0].threshold_state.ordered[-2, 0]) > 0
     assert_close(found[1][0].mu, params)
+
+
+def test_a_parameter_called_loss_is_no_loss_of_a_guard():
+    params = {"loss": {"w": np.ones(2, np.float32)}}
+    tx = optax.chain(optaxclip.skip_outliers(optax.trace(0.9)))
+    state = tx.init(params)
+    old = state[0]._asdict() | {"inner_state": {"trace": params}}
+    old["threshold_state"] = old["threshold_state"]._asdict()
+    for name in ("seen_count", "nonfinite", "beyond_count", "loss"):
+        del old[name]
+    del old["threshold_state"]["ordered"]
+    found = from_0_1_0({"0": old}, state)
+    assert_close(found[0].inner_state.trace, params)
+    assert int(found[0].loss.seen_count) == 0
+    del old["inner_state"]["trace"]["loss"]["w"]
+    with pytest.raises(ValueError, match=r"trace/loss/w: missing in the checkpoint"):
+        from_0_1_0({"0": old}, state)

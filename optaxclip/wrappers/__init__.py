@@ -2,6 +2,7 @@
 
 from optaxclip.wrappers.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from optaxclip.wrappers.error_feedback import error_feedback as error_feedback
+from optaxclip.wrappers.guards import LossState as LossState
 from optaxclip.wrappers.guards import SkipNonfiniteState as SkipNonfiniteState
 from optaxclip.wrappers.guards import SkipOutliersState as SkipOutliersState
 from optaxclip.wrappers.guards import raise_if_stuck as raise_if_stuck

@@ -36,11 +36,11 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite(
     inner: optax.GradientTransformation,
     *,
-    of: str | tuple[str, ...] = "gradient",
+    of: str | tuple[str, ...] | None = None,
     norm: By | Norm = "global",
     max_consecutive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips every step whose gradient has a NaN or an infinity, whole.
+    """Skips every step whose gradient, or loss, has a NaN or an infinity, whole.
 
     On such a step the updates are zeros and the state of `inner` (moments, schedules,
     clipping statistics) stays exactly as it was; only this guard's counters move.
@@ -48,7 +48,8 @@ def skip_nonfinite(
     Args:
       inner: the optimizer to guard; put the guard outermost, so that weight decay and
         schedules are skipped too.
-      of: what has to be finite, as for `skip_outliers`: `("gradient", "update", "loss")`.
+      of: what has to be finite, as for `skip_outliers`, such as `("gradient", "update", "loss")`.
+        None: the gradient, and the loss wherever one is passed as `update(..., loss=loss)`.
       norm: a `Norm`, for its `exclude=` (a frozen part that is NaN, say) and its `axis_name=`.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
         `raise_if_stuck` in the host loop. Steps go on being skipped. None: never. Static.
@@ -98,9 +99,7 @@ def skip_nonfinite(
     ) -> tuple[Tree, SkipNonfiniteState]:
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         seen = watched.look(updates, new_updates, extra_args)
-        nonfinite, finite = first_steps(
-            state.nonfinite, [x.finite for x in seen.values()], state.seen_count
-        )
+        nonfinite, finite = first_steps(state.nonfinite, watched.finite(seen), state.seen_count)
         skipped, consecutive, stuck = _count(finite, *state[:3], max_consecutive=max_consecutive)
         return _select(finite, new_updates, None), SkipNonfiniteState(
             skipped,
@@ -114,10 +113,25 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+class LossState(NamedTuple):
+    """What `skip_outliers` knows of the loss, where it looks at one only in steps that have one."""
+
+    seen_count: jax.Array
+    """Steps that were given a loss, int32."""
+    norm: jax.Array
+    """The last loss, float32."""
+    threshold: jax.Array
+    """What it was held to, float32; the largest float while nothing is known."""
+    threshold_state: Tree
+    beyond_count: jax.Array
+    """Steps on which it was beyond that, or not finite, int32."""
+
+
 class SkipOutliersState(NamedTuple):
     """State of `skip_outliers`: its counters, the wrapped optimizer's state, what it measured.
 
-    Where `of` is a tuple, what is measured is a dict by its names.
+    What is measured is one number, that of the gradient if `of` is None; where `of` is a tuple, a
+    dict by its names.
     """
 
     skipped_count: jax.Array
@@ -138,13 +152,15 @@ class SkipOutliersState(NamedTuple):
     """Steps on which it was beyond that, or not finite, int32."""
     nonfinite: FirstNonfinite
     """Which leaf was not finite, and when first."""
+    loss: LossState | None
+    """The same of the loss, if `of` is None."""
 
 
 def skip_outliers(
     inner: optax.GradientTransformation,
     threshold: Any = None,
     *,
-    of: str | tuple[str, ...] = "gradient",
+    of: str | tuple[str, ...] | None = None,
     norm: By | Norm = "global",
     max_consecutive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -159,7 +175,9 @@ def skip_outliers(
         of several things a dict by name too. None: `thresholds.mean_plus_std()` for norms,
         `thresholds.mean_plus_std_of_values()` for values.
       of: what is measured: `"gradient"`, `"update"` (which `inner` made), the name of a real scalar
-        that is passed to `update`, such as `"loss"`, or a tuple of these.
+        that is passed to `update`, such as `"loss"`, or a tuple of these. None: the gradient, and
+        the loss wherever one is passed; a threshold that is no dict by name is the gradient's,
+        and the loss need only be finite.
       norm: a `Norm`, or its `by`, of gradient and update. Of several norms each must be within its
         bound. `exclude=` leaves a part out.
       max_consecutive: after this many skipped steps in a row `stuck` is set, for
@@ -173,18 +191,17 @@ def skip_outliers(
         not passed, or is no scalar.
 
     Guarantees:
-      Nothing is multiplied by zero, so nothing of a skipped step survives. What is NaN or infinite
-      is skipped, whatever the threshold. Devices whose losses differ take their mean, and skip
-      alike.
+      Nothing of a skipped step survives. What is NaN or infinite is skipped, whatever the
+      threshold. Devices whose losses differ take their mean, and skip alike.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optaxclip
-      >>> tx = optaxclip.skip_outliers(optax.sgd(1.0), of=("gradient", "loss"))
+      >>> tx = optaxclip.skip_outliers(optax.sgd(1.0))
       >>> params = {"w": jnp.ones(1)}
       >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for loss in [*64 * [1.0, 1.1], 50.0]:
       ...     updates, state = update({"w": jnp.ones(1)}, state, params, loss=loss)
-      >>> print(updates["w"], state.beyond_count["loss"], state.beyond_count["gradient"])
+      >>> print(updates["w"], state.loss.beyond_count, state.beyond_count)
       [0.] 1 0
     """
     if max_consecutive is not None:
@@ -194,21 +211,27 @@ def skip_outliers(
     limits = watched.limits(threshold, {False: mean_plus_std(), True: mean_plus_std_of_values()})
 
     def init_fn(params: Tree) -> SkipOutliersState:
-        def each(dtype: Any) -> Any:
-            return watched.only({name: jnp.zeros((), dtype) for name in watched.names})
-
         # Each scalar is a buffer of its own, for all of them may be donated.
+        def each(dtype: Any) -> dict[str, jax.Array]:
+            return {name: jnp.zeros((), dtype) for name in watched.names}
+
+        memories = watched.init(limits, params)
+        of_each = each(jnp.float32), each(jnp.float32), memories, each(jnp.int32)
+        number, bound, memory, beyond_count = map(watched.only, of_each)
         return SkipOutliersState(
             skipped_count=jnp.zeros((), jnp.int32),
             consecutive_count=jnp.zeros((), jnp.int32),
             stuck=jnp.zeros((), bool),
             inner_state=inner.init(params),
             seen_count=jnp.zeros((), jnp.int32),
-            norm=each(jnp.float32),
-            threshold=each(jnp.float32),
-            threshold_state=watched.only(watched.init(limits, params)),
-            beyond_count=each(jnp.int32),
+            norm=number,
+            threshold=bound,
+            threshold_state=memory,
+            beyond_count=beyond_count,
             nonfinite=watched.never(params),
+            loss=LossState(jnp.zeros((), jnp.int32), *map(watched.aside, of_each))
+            if of is None
+            else None,
         )
 
     def update_fn(
@@ -216,28 +239,35 @@ def skip_outliers(
     ) -> tuple[Tree, SkipOutliersState]:
         new_updates, new_inner = inner.update(updates, state.inner_state, params, **extra_args)
         seen = watched.look(updates, new_updates, extra_args)
-        before, memories = watched.each(state.threshold_state), {}
-        measured, bounds, within = {}, {}, {}
+        loss = state.loss
+        before = watched.each(state.threshold_state, loss and loss.threshold_state)
+        counts = watched.each(state.beyond_count, loss and loss.beyond_count)
+        measured, bounds, within, memories = {}, {}, {}, {}
         for name, x in seen.items():
             measured[name], bounds[name], within[name], memories[name] = x.judged(
                 limits[name], before[name], state.seen_count, params, extra_args
             )
-        nonfinite, finite = first_steps(
-            state.nonfinite, [x.finite for x in seen.values()], state.seen_count
-        )
-        usual, beyond = _usual(finite, measured, within, watched.each(state.beyond_count))
+        nonfinite, finite = first_steps(state.nonfinite, watched.finite(seen), state.seen_count)
+        usual, beyond = _usual(finite, measured, within, {name: counts[name] for name in seen})
         skipped, consecutive, stuck = _count(usual, *state[:3], max_consecutive=max_consecutive)
+        norms, bounds = jax.tree.map(as_float32, (measured, bounds))
+        of_each = norms, bounds, memories, beyond
+        if loss is not None and watched.aside(norms) is not None:
+            seen_count = optax.safe_increment(loss.seen_count)
+            loss = LossState(seen_count, *map(watched.aside, of_each))
+        number, bound, memory, beyond_count = map(watched.only, of_each)
         return _select(usual, new_updates, None), SkipOutliersState(
             skipped,
             consecutive,
             stuck,
             _select(usual, new_inner, state.inner_state),
             optax.safe_increment(state.seen_count),
-            watched.only(jax.tree.map(as_float32, measured)),
-            watched.only(jax.tree.map(as_float32, bounds)),
-            watched.only(memories),
-            watched.only(beyond),
+            number,
+            bound,
+            memory,
+            beyond_count,
             nonfinite,
+            loss,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -330,6 +360,8 @@ def _reasons(state: SkipNonfiniteState | SkipOutliersState) -> str:
     if isinstance(state, SkipOutliersState):
         counts = state.beyond_count
         named = counts.items() if isinstance(counts, dict) else [("", counts)]
+        if state.loss is not None and int(jax.tree.leaves(state.loss.seen_count)[0]):
+            named = [("gradient", counts), ("loss", state.loss.beyond_count)]
         numbers = [f"{name} {int(jax.tree.leaves(x)[0])}".strip() for name, x in named]
         reasons = f"; steps beyond the bound: {', '.join(numbers)}"
     if not isinstance(state.nonfinite, FirstNonfinite):

@@ -14,13 +14,14 @@ from jax import lax
 
 from optaxclip._compat import varying_axes
 from optaxclip._leaves import Leaves, Tree, named_node
-from optaxclip._numerics import maximum_of, once_compiled
+from optaxclip._numerics import UNKNOWN, maximum_of, once_compiled
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.norms import Norm
 from optaxclip.measure.statistics import worst
 from optaxclip.thresholds.given import Context, Threshold, as_threshold, non_negative
 
-_GRADIENT, _UPDATE = "gradient", "update"
+_GRADIENT, _UPDATE, _LOSS = "gradient", "update", "loss"
+_BY_DEFAULT = (_GRADIENT, _LOSS)
 _ONE = Norm("global")
 
 
@@ -77,15 +78,19 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """The names of what a guard looks at, and the norm of gradient and update."""
+    """The names of what a guard looks at, and the norm of gradient and update.
 
-    of: str | tuple[str, ...]
+    None: the gradient, and the loss in steps that are given one. The loss is then set aside, so
+    that states hold the gradient's numbers where they do for `"gradient"`.
+    """
+
+    of: str | tuple[str, ...] | None
     norm: Norm
 
     @classmethod
     def make(cls, of: Any, norm: Any) -> "Watched":
         """Raises for what cannot be names."""
-        names = (of,) if isinstance(of, str) else of
+        names = _BY_DEFAULT if of is None else (of,) if isinstance(of, str) else of
         if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
             raise TypeError(
                 f"of must be a name or a tuple of names, got {of!r}. Use 'gradient', 'update', and"
@@ -96,19 +101,29 @@ class Watched:
     @property
     def names(self) -> tuple[str, ...]:
         """In the order given."""
+        if self.of is None:
+            return _BY_DEFAULT
         return (self.of,) if isinstance(self.of, str) else self.of
 
     def only(self, by_name: dict[str, Any]) -> Any:
         """What states hold: one number for one name, a dict for several."""
-        return by_name[self.of] if isinstance(self.of, str) else by_name
+        return by_name if isinstance(self.of, tuple) else by_name[self.names[0]]
 
-    def each(self, held: Any) -> dict[str, Any]:
-        """The dict that `only` was given."""
+    def aside(self, by_name: dict[str, Any]) -> Any:
+        """What they hold of the loss that may be missing; None for anything else."""
+        return by_name.get(_LOSS) if self.of is None else None
+
+    def each(self, held: Any, aside: Any) -> dict[str, Any]:
+        """The dict that `only` and `aside` were given."""
+        if self.of is None:
+            return {_GRADIENT: held, _LOSS: aside}
         return {self.of: held} if isinstance(self.of, str) else held
 
     def limits(self, threshold: Any, default: Mapping[bool, Any]) -> dict[str, Threshold]:
         """The threshold of each; `default[is a value]` where none is given."""
         own = not isinstance(self.of, str) and isinstance(threshold, Mapping)
+        if self.of is None:  # any other dict is of bounds by leaf or label
+            own = own and set(threshold) == set(self.names)
         if own and set(threshold) != set(self.names):
             raise ValueError(
                 f"a dict of thresholds must have the names of what is measured, got"
@@ -117,6 +132,8 @@ class Watched:
         found = {}
         for name in self.names:
             given = threshold[name] if own else threshold
+            if self.of is None and not own and name == _LOSS and threshold is not None:
+                given = UNKNOWN  # finite, and no more
             value = name not in (_GRADIENT, _UPDATE)
             if value and isinstance(given, numbers.Real) and not math.isnan(given):
                 given = Level(float(given))
@@ -136,10 +153,16 @@ class Watched:
     def look(self, updates: Tree, new_updates: Tree, extra: Mapping[str, Any]) -> dict[str, Seen]:
         """What is measured in this step."""
         trees = {_GRADIENT: updates, _UPDATE: new_updates}
+        missing = self.of is None and extra.get(_LOSS) is None
         return {
             name: self._of_tree(trees[name]) if name in trees else self._of_value(name, extra)
             for name in self.names
+            if not (missing and name == _LOSS)
         }
+
+    def finite(self, seen: Mapping[str, Seen]) -> list[jax.Array]:
+        """For each name of `never` whether it was finite; a loss that is missing was."""
+        return [seen[k].finite if k in seen else jnp.ones(1, bool) for k in self.names]
 
     def never(self, params: Tree) -> Any:
         """No leaf was ever anything but finite."""

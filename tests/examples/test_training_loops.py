@@ -37,7 +37,7 @@ def test_unstable_training_needs_a_clipper(tmp_path):
 def test_two_spikes_are_each_survived_by_one_line(tmp_path):
     """In neither is the gradient much longer than usual."""
     done = succeeded(run("two_spikes.py", "--out", tmp_path, hurry=False))
-    assert 'skip_outliers(adam, of="loss")' in done.stdout
+    assert "skip_outliers(adam) " in done.stdout
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     for accident, spike in (("loss", 100), ("update", 20)):
         plain, gradient, cured = found[accident].values()

@@ -13,7 +13,7 @@ from tools.skip_steps import published, stream, through
 
 import optaxclip
 from optaxclip import Norm, raise_if_stuck, skip_nonfinite, skip_outliers
-from optaxclip.thresholds import as_published, mean_plus_std_of_values
+from optaxclip.thresholds import as_published, mean_plus_std, mean_plus_std_of_values
 
 SGD = optax.sgd(1.0)
 
@@ -55,6 +55,154 @@ def test_a_level_of_losses_that_has_changed_is_learned():
     tx = skip_outliers(SGD, mean_plus_std_of_values(window=8, relearn_after=6), of="loss")
     happened, *_ = quick.run(functools.partial(through, tx), np.ones_like(losses), losses)
     assert happened.tolist() == [True] * 40 + [False] * 6 + [True] * 34
+
+
+def steps(tx, norms, losses, given):
+    """Updates and states of steps; `given` says for each step, in the program, if it has a loss."""
+    params = {"w": jnp.ones(2)}
+    state, seen = tx.init(params), []
+    update = jax.jit(tx.update)
+    for n, loss, has in zip(norms, losses, given, strict=True):
+        extra = {"loss": loss} if has else {}
+        updates, new = update({"w": n * np.float32([0.6, 0.8])}, state, params, **extra)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        alike = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
+        assert all(jax.tree.leaves(alike))
+        state = new
+        seen.append((updates, state))
+    return seen
+
+
+def of_the_gradient(seen):
+    """What a guard of the gradient alone holds too."""
+    return [
+        (updates, state._replace(loss=None, nonfinite=state.nonfinite.step[:1]))
+        for updates, state in jax.device_get(seen)
+    ]
+
+
+def test_a_loss_that_is_passed_is_seen_and_one_that_spikes_is_skipped():
+    losses = np.float32([1.0] * 200 + [50.0])
+    tx = skip_outliers(SGD)
+    happened, seen, _, state = quick.run(functools.partial(through, tx), np.ones(201), losses)
+    assert happened.tolist() == [True] * 200 + [False]
+    assert seen.shape == (201,)  # of the gradient, as without a loss
+    assert (int(state.skipped_count), int(state.beyond_count)) == (1, 0)
+    assert (int(state.loss.seen_count), int(state.loss.beyond_count)) == (201, 1)
+    assert float(state.loss.norm) == 50
+    assert 1 <= float(state.loss.threshold) < 1.1
+
+
+@pytest.mark.parametrize("threshold", [None, 2.5, mean_plus_std(2.0, window=16)])
+def test_steps_without_a_loss_are_those_of_a_guard_of_the_gradient(threshold):
+    norms = stream(1)[0][:60]
+    norms[[40, 50]] = 30, np.nan
+    never = [False] * 60
+    by_default = steps(skip_outliers(SGD, threshold), norms, norms, never)
+    alone = steps(skip_outliers(SGD, threshold, of="gradient"), norms, norms, never)
+    assert_same_bits(of_the_gradient(by_default), of_the_gradient(alone))
+    state = by_default[-1][1]
+    assert int(state.skipped_count) >= 2
+    fresh = skip_outliers(SGD, threshold).init({"w": jnp.ones(2)})
+    assert_same_bits(*jax.device_get((state.loss, fresh.loss)))
+    assert state.nonfinite.step.tolist() == [50, -1]
+
+
+def test_of_mixed_steps_the_loss_is_judged_by_those_that_had_one():
+    norms, losses = np.ones(120, np.float32), np.float32([1.0, 1.1] * 60)
+    given = np.arange(120) % 3 != 0
+    losses[110:112] = 50.0  # one with a loss, 110, and one without, 111
+    assert given[110:112].tolist() == [True, False]
+    tx, params = skip_outliers(SGD), {"w": jnp.ones(2)}
+    mixed = steps(tx, norms, losses, given)
+    happened = [bool(updates["w"][0]) for updates, _ in mixed]
+    assert happened == [i != 110 for i in range(120)]
+    dense = steps(tx, norms[given], losses[given], [True] * int(given.sum()))
+    assert_same_bits(*jax.device_get((mixed[-1][1].loss, dense[-1][1].loss)))
+    assert int(mixed[-1][1].loss.seen_count) == given.sum()
+    alone = steps(skip_outliers(SGD, of="gradient"), norms, losses, [False] * 120)
+    kept = lambda state: (state.norm, state.threshold, state.threshold_state, state.beyond_count)
+    assert_same_bits(*jax.device_get((kept(mixed[-1][1]), kept(alone[-1][1]))))
+
+    def both(state, n):  # a carry of one type through steps with and without
+        _, state = tx.update({"w": n * jnp.ones(2)}, state, params, loss=n)
+        return tx.update({"w": n * jnp.ones(2)}, state, params, loss=None)[1], None
+
+    state, _ = jax.jit(lambda s: jax.lax.scan(both, s, norms))(tx.init(params))
+    assert (int(state.seen_count), int(state.loss.seen_count)) == (240, 120)
+
+
+def test_beside_a_threshold_of_the_gradient_a_loss_need_only_be_finite():
+    params = np.ones(1, np.float32)
+    cases = [(1e38, 0), (-5.0, 0), (np.nan, 1), (-np.inf, 1)]
+    for threshold in (2.0, as_published("maxtext"), mean_plus_std()):
+        tx = skip_outliers(SGD, threshold)
+        for loss, skipped in cases:
+            _, state = tx.update(params, tx.init(params), params, loss=np.float32(loss))
+            assert int(state.skipped_count) == int(state.loss.beyond_count) == skipped
+            assert np.isfinite(state.loss.threshold)
+    tx = skip_outliers(SGD, 2.0)
+    _, state = tx.update(3 * params, tx.init(params), params, loss=1.0)
+    assert (int(state.skipped_count), int(state.loss.beyond_count)) == (1, 0)
+    tx = skip_outliers(SGD, {"gradient": 2.0, "loss": 4.0})
+    for n, loss, skipped in [(1.0, 3.0, 0), (3.0, 3.0, 1), (1.0, 5.0, 1)]:
+        _, state = tx.update(n * params, tx.init(params), params, loss=loss)
+        assert int(state.skipped_count) == skipped
+    assert int(tx.update(params, tx.init(params), params)[1].skipped_count) == 0
+
+
+def test_a_loss_that_is_nan_beside_a_finite_gradient_is_skipped_by_default():
+    params = {"w": np.ones(2, np.float32)}
+    tx = skip_nonfinite(optax.adam(0.1), max_consecutive=1)
+    update, state = jax.jit(tx.update), tx.init(params)
+    _, state = update(params, state, params)
+    updates, after = update(params, state, params, loss=np.float32(np.nan))
+    assert not np.any(updates["w"])
+    assert_same_bits(*jax.device_get((after.inner_state, state.inner_state)))
+    _, after = update(params, after, params, loss=np.float32(1.0))
+    assert (int(after.skipped_count), int(after.consecutive_count)) == (1, 0)
+    assert after.nonfinite.names == ("w", "loss")
+    assert after.nonfinite.step.tolist() == [-1, 1]
+    with pytest.raises(FloatingPointError, match=r"first not finite: loss \(step 1\)\."):
+        raise_if_stuck(after)
+    of_gradient = skip_nonfinite(SGD, of="gradient")
+    _, state = of_gradient.update(params, of_gradient.init(params), params, loss=np.nan)
+    assert int(state.skipped_count) == 0
+
+
+def test_the_loss_has_its_name_in_errors_and_scalars():
+    tx, params = skip_outliers(SGD, 2.0, max_consecutive=1), np.ones(1, np.float32)
+    state = tx.init(params)
+    _, without = tx.update(9 * params, state, params)
+    with pytest.raises(FloatingPointError, match=r"the bound: 1\. Look"):
+        raise_if_stuck(without)
+    for n, loss in [(1.0, 5.0), (9.0, 5.0), (9.0, np.nan)]:
+        _, state = tx.update(n * params, state, params, loss=np.float32(loss))
+    with pytest.raises(
+        FloatingPointError, match=r"gradient 2, loss 1; first not .*: loss \(step 2"
+    ):
+        raise_if_stuck(state)
+    _, state = tx.update(params, state, params, loss=5.0)
+    found = optaxclip.clip_scalars(state)
+    names = (
+        "norm",
+        "norm/loss",
+        "threshold",
+        "beyond_count",
+        "beyond_count/loss",
+        "seen_count/loss",
+    )
+    assert [found[f"skip_outliers/{name}"] for name in names] == [1.0, 5.0, 2.0, 2, 1, 4]
+    assert found["skip_outliers/first_nonfinite/loss"] == 2
+
+
+def test_a_tree_without_gradients_still_has_a_loss():
+    for guard in (skip_nonfinite(SGD), skip_outliers(SGD)):
+        state = guard.init({})
+        for loss, skipped in [(1.0, 0), (np.nan, 1)]:
+            _, state = guard.update({}, state, {}, loss=np.float32(loss))
+            assert int(state.skipped_count) == skipped
+        assert int(guard.update({}, state, {})[1].skipped_count) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -130,8 +278,8 @@ def test_the_norm_is_that_of_norm_and_the_leaf_has_a_name(by, ord):
     np.testing.assert_allclose(state.norm, expected, rtol=1e-6)
     assert state.skipped_count == 0
     assert after.skipped_count == 1
-    assert after.nonfinite.names == ("a", "b/w", "b/x")
-    assert after.nonfinite.step.tolist() == [-1, 1, -1]
+    assert after.nonfinite.names == ("a", "b/w", "b/x", "loss")
+    assert after.nonfinite.step.tolist() == [-1, 1, -1, -1]
 
 
 def test_the_first_step_of_each_leaf_is_kept_and_said():
@@ -140,7 +288,7 @@ def test_the_first_step_of_each_leaf_is_kept_and_said():
     state = tx.init(params)
     for a, b in [(1, 1), (1, np.nan), (np.inf, 1), (np.inf, np.nan)]:
         _, state = tx.update({"a": np.float32([a]), "b": np.float32([b])}, state, params)
-    assert state.nonfinite.step.tolist() == [2, 1]
+    assert state.nonfinite.step.tolist() == [2, 1, -1]
     with pytest.raises(FloatingPointError, match=r"first not finite: b \(step 1\), a \(step 2\)\."):
         raise_if_stuck(state)
 
