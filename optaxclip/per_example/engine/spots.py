@@ -14,7 +14,6 @@ in each of its steps; whatever is used in a branch.
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
@@ -60,9 +59,10 @@ class _End:
 
 def find_spots(program: Program) -> dict[int, Spot]:
     """The spots of parameters, by their position; those that must be held have none."""
+    plans: dict[Block, _Plan] = {}
     found = {}
     for k, number in enumerate(program.params):
-        spot = _spot(program.block, number, 0)
+        spot = _spot(program.block, number, 0, plans)
         if spot is not None:
             found[k] = spot
     return together(program, found)
@@ -108,30 +108,33 @@ def chain(home: Block, uses: Iterable[Equation]) -> tuple[Equation, ...]:
     return tuple(e for e in home.once if e in active or e in makers)
 
 
-def _spot(block: Block, number: int, depth: int) -> Spot | None:
-    ends = _ends(block)
-    found = ends.get(number, frozenset())
+class _Plan:
+    """Where the active values of a block lead, found once."""
+
+    def __init__(self, block: Block) -> None:
+        ends: dict[int, set[_End]] = collections.defaultdict(set)
+        _direct(block, ends)
+        for equation in reversed(block.once):
+            reached = set().union(*(ends[n] for n in equation.outputs if n in ends))
+            for n in block.active & set(equation.inputs):
+                ends[n] |= reached
+        self.ends: Mapping[int, Set[_End]] = dict(ends)
+        self.users = users(block)
+
+
+def _spot(block: Block, number: int, depth: int, plans: dict[Block, _Plan]) -> Spot | None:
+    if block not in plans:
+        plans[block] = _Plan(block)
+    plan = plans[block]
+    found = plan.ends.get(number, frozenset())
     if len(found) != 1:
         return None
     (end,) = found
     if end.tapped is not None:
-        uses = users(block)[number]
-        return Spot(block, number, end.tapped, frozenset(uses), depth)
+        return Spot(block, number, end.tapped, frozenset(plan.users[number]), depth)
     if end.scan is None or end.slice is None or not _keeps_norm(block, number, end.scan):
         return None
-    return _spot(end.scan.body, end.slice, depth + 1)
-
-
-@functools.lru_cache(maxsize=256)
-def _ends(block: Block) -> dict[int, Set[_End]]:
-    """What each active value of a block leads to."""
-    ends: dict[int, set[_End]] = collections.defaultdict(set)
-    _direct(block, ends)
-    for equation in reversed(block.once):
-        reached = set().union(*(ends[n] for n in equation.outputs if n in ends))
-        for n in block.active & set(equation.inputs):
-            ends[n] |= reached
-    return dict(ends)
+    return _spot(end.scan.body, end.slice, depth + 1, plans)
 
 
 def _direct(block: Block, ends: dict[int, set[_End]]) -> None:
