@@ -78,6 +78,7 @@ def by_leaf():
 def by_layer():
     bounds = by_leaf()
     bounds["layers"] = {"w": np.linspace(0.01, 0.1, 5), "b": np.linspace(0.1, 0.01, 5)}
+    bounds["recurrent"] = np.linspace(0.01, 0.05, 8)  # which is held
     return bounds
 
 

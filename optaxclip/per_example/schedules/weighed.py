@@ -15,7 +15,6 @@ place, of weight zero.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -165,7 +164,7 @@ def _without_nan(
     keep = how.keep(found.squares)
     if keep is None:
         return found
-    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, found.squares.values()))
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in found.squares.values()])
 
     def part(given: tuple[list[jax.Array], jax.Array, Arrays]) -> tuple[list[jax.Array], Tree]:
         batch, dropped, squares = given
