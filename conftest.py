@@ -6,6 +6,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def _rules_of_an_example(request, monkeypatch):
     if isinstance(request.node, pytest.DoctestItem):
-        from optaxclip.per_example.engine import registry  # not before tests/conftest.py sets up JAX
+        # Not before tests/conftest.py sets up JAX.
+        from optaxclip.per_example.engine import registry
 
         monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))

@@ -32,9 +32,9 @@ the text of the program, where a loop's body stands once.
 * **By leaf**: a bound for each leaf, over all its layers. Two passes.
 
 An example with NaN counts as zero in all of them. For that a branch, which a run without NaN never
-takes, sums again a quarter of the batch at a time; its collectives are counted too. "At least": the
-program has a loop of which the compiler does not say how often it turns, counted once. jax-privacy's
-takes one example a chip at a time.
+takes, sums again a quarter of the batch at a time; its collectives are counted too. "At least": in
+the program is a loop of which the compiler does not say how often it turns, counted once. That of
+jax-privacy takes one example a chip at a time.
 
 {how}
 
