@@ -19,7 +19,7 @@ from typing import Any
 
 from _at_scale_grid import MODELS, SYSTEMS, TOKENS
 from _at_scale_page import page, report
-from compiled import compile_in_turn
+from compiled import as_json, compile_in_turn
 
 
 def main() -> None:
@@ -32,10 +32,7 @@ def main() -> None:
         found = {"versions": versions, "rows": rows}
     print(report(**found))
     if args.json:
-        lines = ",\n".join(json.dumps(row) for row in found["rows"])
-        args.json.write_text(
-            f'{{"versions": {json.dumps(found["versions"])}, "rows": [\n{lines}\n]}}\n'
-        )
+        args.json.write_text(as_json(**found))
     if args.markdown:
         args.markdown.write_text(page(**found))
 

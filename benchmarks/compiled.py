@@ -59,12 +59,15 @@ def main() -> None:
         }
     print(report(**found))
     if args.json:
-        lines = ",\n".join(json.dumps(row) for row in found["rows"])
-        args.json.write_text(
-            f'{{"versions": {json.dumps(found["versions"])}, "rows": [\n{lines}\n]}}\n'
-        )
+        args.json.write_text(as_json(**found))
     if args.markdown:
         args.markdown.write_text(page(**found))
+
+
+def as_json(versions: dict[str, str], rows: list[dict]) -> str:
+    """A line a row."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n'
 
 
 def _on_chips(args: argparse.Namespace) -> list[dict[str, str]]:
