@@ -9,6 +9,7 @@ from tools.quick import quick_jit
 
 from optaxclip.per_example import clipped_grad
 from optaxclip.per_example.engine.arguments import Options, call_of
+from optaxclip.per_example.schedules.choice import Choice, choose
 from optaxclip.per_example.schedules.factored import see
 from optaxclip.per_example.schedules.flops import flops
 
@@ -150,3 +151,26 @@ def test_a_bound_for_each_slice_must_fit_its_leaf():
 def test_sensitivity_counts_each_slice():
     bounds = {"w": np.array([3.0, 4.0]), "b": 12.0}
     assert clipped_grad(loss, l2_clip_norm=bounds).sensitivity() == 13.0
+
+
+def deep(p, x):
+    layer = jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w["up"]) @ w["down"], None))
+    return jnp.sum(jax.lax.scan(layer, x, p)[0])
+
+
+def test_auto_takes_two_passes_where_all_else_holds_too_much():
+    """One pass holds what a checkpoint drops. Where the batch may be cut, parts of it hold less."""
+    shapes = {"up": (16, 128, 512), "down": (16, 512, 128)}
+    p = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((128, 32, 128), jnp.float32)
+    chosen = {}
+
+    def look(p, x):
+        call = call_of(deep, Options(), (p, x), {})
+        for size in (None, "auto"):
+            chosen[size] = choose(call, see(call), [0, 0], "auto", size)
+
+    jax.eval_shape(look, p, x)
+    assert chosen[None] == Choice("two_pass", None)
+    assert chosen["auto"].method == "one_pass"
+    assert chosen["auto"].size < 128
