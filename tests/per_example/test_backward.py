@@ -7,11 +7,14 @@ import pytest
 from tools.agreement import close, normal, stacked_grads
 from tools.quick import quick_jit
 
-from optaxclip.per_example import clipped_grad
+from optaxclip.per_example import Outer, clipped_grad
 from optaxclip.per_example.engine.arguments import Options, call_of
+from optaxclip.per_example.forms.layout import Layout
 from optaxclip.per_example.schedules.choice import Choice, choose
 from optaxclip.per_example.schedules.factored import see
 from optaxclip.per_example.schedules.flops import flops
+
+EVERY = {*range(7)}
 
 
 def params():
@@ -48,16 +51,18 @@ def seen():
 def test_what_is_used_once_has_a_spot():
     """In the order of the leaves: b, embed, layers/b, layers/w, recurrent, tied, w."""
     spots = seen().spots(range(7)).spots
-    assert {k: spot.depth for k, spot in spots.items()} == {0: 0, 1: 0, 2: 1, 3: 1, 6: 0}
+    assert {k: spot.whole for k, spot in spots.items()} == {
+        0: True, 1: True, 2: False, 3: False, 6: True,
+    }  # fmt: skip
 
 
 def test_weights_follow_at_a_spot_alone_where_all_of_the_group_is_there():
-    assert set(seen().alone(range(7)).spots) == {0, 1, 6}, "layers are seen slice by slice"
+    assert set(seen().alone(range(7), EVERY).spots) == {0, 1, 6}, "layers are seen slice by slice"
     together = [0, 1, 2, 3, 4, 5, 0]  # b and w meet
-    assert set(seen().alone(together).spots) == {0, 1, 6}
+    assert set(seen().alone(together, EVERY).spots) == {0, 1, 6}
     apart = [0, 0, 2, 3, 4, 5, 6]  # b and embed do not
-    assert set(seen().alone(apart).spots) == {6}
-    assert set(seen().alone(range(7), rows={2, 3}).spots) == {0, 1, 2, 3, 6}
+    assert set(seen().alone(apart, EVERY).spots) == {6}
+    assert set(seen().alone(range(7), EVERY, rows={2, 3}).spots) == {0, 1, 2, 3, 6}
 
 
 def expected(bounds, keep=(1, 1, 1, 1)):
@@ -70,6 +75,49 @@ def expected(bounds, keep=(1, 1, 1, 1)):
         return jnp.tensordot(jnp.asarray(keep, g.dtype), jnp.minimum(1, c / norm) * g, 1)
 
     return jax.tree.map(one, bounds, stacked_grads(loss, params(), batch()))
+
+
+def test_a_group_that_loses_a_member_is_held_as_a_whole():
+    """Its weights would follow from a part of its norm."""
+    together = [0, 1, 2, 3, 4, 5, 0]  # b and w meet
+    assert set(seen().alone(together, EVERY - {0}).spots) == {1}
+
+
+@pytest.mark.parametrize("turned", [lambda w: w[::-1], lambda w: w.transpose(1, 0, 2)])
+def test_bounds_of_rows_are_of_the_parameters_own_rows(turned):
+    """Which the steps of a scan need not see in order, nor see at all."""
+
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, turned(w))[0] ** 2)
+
+    w, x, bounds = normal(0, 4, 4, 4), normal(1, 5, 4), np.linspace(0.01, 0.2, 4)
+    grads = stacked_grads(loss, w, x)
+    lengths = jnp.sqrt(jnp.sum(grads**2, axis=(2, 3), keepdims=True))
+    want = jnp.sum(jnp.minimum(1, bounds.reshape(1, 4, 1, 1) / lengths) * grads, axis=0)
+    grad = clipped_grad(loss, l2_clip_norm=bounds, keep_batch_dim=False, method="one_pass")
+    close(quick_jit(grad)(w, x), want, 1e-12)
+
+
+def test_mixed_precision_under_one_bound():
+    """A sum in bfloat16 is not wide enough: its parameter is held, and its group with it."""
+
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(x @ p["w"] + p["b"].astype(x.dtype)))
+
+    p = {"w": np.float32(normal(0, 4, 3)), "b": jnp.asarray(normal(1, 3), jnp.bfloat16)}
+    x = np.float32(normal(2, 5, 4))
+    grads = {k: np.float64(g) for k, g in stacked_grads(loss, p, x).items()}
+    norms = np.sqrt(sum(np.sum(g.reshape(5, -1) ** 2, axis=1) for g in grads.values()))
+    factor = np.minimum(1, 0.5 / norms)
+    assert np.all(factor < 1)
+    for method in ("one_pass", "two_pass"):
+        grad = clipped_grad(
+            loss, l2_clip_norm=0.5, keep_batch_dim=False, method=method,
+            dtype=jnp.float32,
+        )  # fmt: skip
+        found = quick_jit(grad)(p, x)
+        for k, g in grads.items():
+            np.testing.assert_allclose(found[k], np.tensordot(factor, g, 1), rtol=0.01)
 
 
 def by_leaf():
@@ -174,3 +222,17 @@ def test_auto_takes_two_passes_where_all_else_holds_too_much():
     assert chosen[None] == Choice("two_pass", None)
     assert chosen["auto"].method == "one_pass"
     assert chosen["auto"].size < 128
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(jnp.float16, 1e-6), (jnp.bfloat16, 0.01)])
+@pytest.mark.parametrize("weight", [1e6, 1e-6])
+def test_weighted_factors_may_leave_the_range_of_float16(dtype, tol, weight):
+    """Of bfloat16, whose range is float32's, they are rounded."""
+    left, right = (
+        jnp.asarray(normal(0, 5, 1, 2, 4), dtype),
+        jnp.asarray(normal(1, 5, 1, 2, 3), dtype),
+    )
+    form = Outer(left, right, Layout((4, 3), jnp.float32, ((), (0,), (1,))))
+    want = weight * np.einsum("bkti,bkto->io", np.float64(left), np.float64(right))
+    found = form.weighted_sum(jnp.full(5, weight, jnp.float32))
+    np.testing.assert_allclose(found, want, atol=tol * np.max(np.abs(want)))

@@ -161,11 +161,7 @@ def measured(
     each = jax.vmap(one, out_axes=(0, None), spmd_axis_name=spmd_axis_name)
     ((losses, *aux), records, taps, squares), sums = each(batch)
     found = find_forms(program.block, values, records, taps)
-    forms = {
-        k: add(found[n]) if n in found else zero_like(params[k], size)
-        for k, n in enumerate(program.params)
-        if k not in spots.spots
-    }
+    forms = _of_held(found, program, params, spots, size)
     return Measured(losses, aux, squares, sums, forms)
 
 
@@ -208,10 +204,17 @@ def norms_then_sum(
     losses, pull, (aux, records) = jax.vjp(losses_of, params, taps, tags, has_aux=True)
     _, taps, squares = pull(jnp.ones_like(losses))
     found = find_forms(program.block, values, records, taps)
-    held = [(k, n) for k, n in enumerate(program.params) if k not in spots.spots]
-    forms = {k: add(found[n]) if n in found else zero_like(params[k], size) for k, n in held}
-    c = jax.lax.stop_gradient(weights(squares, forms)).astype(losses.dtype)
+    forms = _of_held(found, program, params, spots, size)
+    c = lax.stop_gradient(weights(squares, forms)).astype(losses.dtype)
     return losses, aux, pull(c)[0]
+
+
+def _of_held(
+    found: Found, program: Program, params: list[Any], spots: Spots, size: int
+) -> dict[int, Form]:
+    """The gradients of the parameters without a spot, by position."""
+    held = [(k, n) for k, n in enumerate(program.params) if k not in spots.spots]
+    return {k: add(found[n]) if n in found else zero_like(params[k], size) for k, n in held}
 
 
 def _wide(params: list[Any], spots: Spots) -> Any:

@@ -27,11 +27,13 @@ from optaxclip.per_example.engine.control.scan import Scan
 from optaxclip.per_example.engine.program import Block, Equation, Program
 from optaxclip.per_example.engine.uses import users
 
-# The cotangent of the input is that of the output with its elements in other places.
-_KEEP_NORMS = frozenset({
-    P.copy_p, P.name_p, P.sharding_constraint_p, P.device_put_p, P.squeeze_p, P.transpose_p,
-    P.rev_p, P.neg_p, P.concatenate_p, P.slice_p, stack_p,
+_KEEP_ROWS = frozenset({
+    P.copy_p, P.name_p, P.sharding_constraint_p, P.device_put_p, P.neg_p, P.convert_element_type_p,
 })  # fmt: skip
+# The cotangent of the input is that of the output with its elements in other places.
+_KEEP_NORMS = _KEEP_ROWS | {
+    P.squeeze_p, P.transpose_p, P.rev_p, P.concatenate_p, P.slice_p, stack_p,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,8 +46,10 @@ class Spot:
     tapped: int
     """The value whose cotangent is seen."""
     uses: frozenset[Equation]
-    depth: int
-    """How many scans take it apart: 0 if it is seen as a whole."""
+    whole: bool
+    """Whether it is seen at once, and not slice by slice."""
+    by_rows: bool
+    """Whether step `l` of one scan sees its row `l`: it was neither turned nor joined before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ def find_spots(program: Program) -> dict[int, Spot]:
     plans: dict[Block, _Plan] = {}
     found = {}
     for k, number in enumerate(program.params):
-        spot = _spot(program.block, number, 0, plans)
+        spot = _spot(program.block, number, (), plans)
         if spot is not None:
             found[k] = spot
     return together(program, found)
@@ -122,7 +126,10 @@ class _Plan:
         self.users = users(block)
 
 
-def _spot(block: Block, number: int, depth: int, plans: dict[Block, _Plan]) -> Spot | None:
+def _spot(
+    block: Block, number: int, scans: tuple[bool, ...], plans: dict[Block, _Plan]
+) -> Spot | None:
+    """`scans`: of those around, whether each takes the value row by row."""
     if block not in plans:
         plans[block] = _Plan(block)
     plan = plans[block]
@@ -131,10 +138,15 @@ def _spot(block: Block, number: int, depth: int, plans: dict[Block, _Plan]) -> S
         return None
     (end,) = found
     if end.tapped is not None:
-        return Spot(block, number, end.tapped, frozenset(plan.users[number]), depth)
-    if end.scan is None or end.slice is None or not _keeps_norm(block, number, end.scan):
+        uses = frozenset(plan.users[number])
+        return Spot(block, number, end.tapped, uses, not scans, scans == (True,))
+    if end.scan is None or end.slice is None:
         return None
-    return _spot(end.scan.body, end.slice, depth + 1, plans)
+    way = _way(block, number, end.scan)
+    if way is None:
+        return None
+    by_rows = all(equation.eqn.primitive in _KEEP_ROWS for equation in way)
+    return _spot(end.scan.body, end.slice, (*scans, by_rows), plans)
 
 
 def _direct(block: Block, ends: dict[int, set[_End]]) -> None:
@@ -158,16 +170,18 @@ def _direct(block: Block, ends: dict[int, set[_End]]) -> None:
                 ends[n].add(_End(block.tapped[seen[0]]) if len(seen) == 1 else _End())
 
 
-def _keeps_norm(block: Block, number: int, scan: Scan) -> bool:
-    """Whether the value goes to the slices of a scan, and nowhere else, without change of norm."""
+def _way(block: Block, number: int, scan: Scan) -> list[Equation] | None:
+    """From a value to the slices of a scan, if it goes nowhere else, and no norm is changed."""
+    way: list[Equation] = []
     while True:
         readers = [e for e in block.once if number in e.inputs and block.active & set(e.outputs)]
         given = scan.xs.count(number)
         if given or not readers:
-            return given == 1 and not readers
+            return way if given == 1 and not readers else None
         (equation, *others) = readers
         if others or equation.inputs.count(number) > 1 or not _is_kept(equation):
-            return False
+            return None
+        way.append(equation)
         (number,) = equation.outputs
 
 

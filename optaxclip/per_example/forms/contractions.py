@@ -167,7 +167,7 @@ def weigh(factor: jax.Array, weights: jax.Array, narrow: Any = None) -> jax.Arra
     dtype = jnp.promote_types(accumulator(factor.dtype), accumulator(weights.dtype))
     column = weights.astype(dtype).reshape(-1, *(1,) * (factor.ndim - 1))
     wide = factor.astype(dtype) * column
-    if narrow is None or jnp.finfo(narrow).bits >= 32:
+    if narrow is None:
         return wide
     near = wide.astype(narrow)
     beyond = jnp.abs(near.astype(dtype)) > jnp.abs(wide)

@@ -183,9 +183,11 @@ class Outer:
     def _weighted(self, weights: jax.Array) -> jax.Array:
         """The weighted sum as [K, I, O]."""
         left, right = self.left, self.right
-        # Weigh the smaller factor; by default 16 bits stay 16, or the other one would be copied
-        # in 32: 0.5 GB on a chip for the logits of 4 x 1024 tokens and 32,000 words.
-        narrow = left.dtype if left.dtype == right.dtype and self.precision is None else None
+        # Weigh the smaller factor; by default bfloat16 stays that, or the other one would be copied
+        # in 32 bits: 0.5 GB on a chip for the logits of 4 x 1024 tokens and 32,000 words. Weighted
+        # numbers may leave the range of float16.
+        both = left.dtype == right.dtype == jnp.bfloat16
+        narrow = jnp.bfloat16 if both and self.precision is None else None
         if left.size < right.size:
             left = weigh(left, weights, narrow)
         else:

@@ -89,23 +89,28 @@ class Seen(NamedTuple):
         """Without those that share a use with a parameter that has no spot."""
         return dataclasses.replace(spots, spots=together(self.program, spots.spots))
 
-    def alone(self, groups: Sequence[int], rows: Set[int] = frozenset()) -> Spots:
+    def alone(self, groups: Sequence[int], wide: Set[int], rows: Set[int] = frozenset()) -> Spots:
         """Of those whose group is measured at one spot as a whole, so that its weights follow.
 
-        Of a group in `rows` each slice along the first axis has weights of its own.
+        None but those in `wide` come into question. Of a group in `rows` each row of its parameter
+        has weights of its own.
         """
-        found = self.spots(groups).spots
         members: dict[int, list[int]] = {}
         for k, group in enumerate(groups):
             members.setdefault(group, []).append(k)
-        kept: dict[int, Spot] = {}
-        for group, of_group in members.items():
-            seen = [found[k] for k in of_group if k in found]
-            depth = 1 if group in rows else 0
-            whole = len(seen) == len(of_group) and all(spot.depth == depth for spot in seen)
-            if whole and len({spot.tapped for spot in seen}) == 1:
-                kept.update(zip(of_group, seen, strict=True))
-        return self.together(Spots(kept, groups, rows))
+        found = {k: spot for k, spot in self.spots(groups).spots.items() if k in wide}
+        while True:
+            kept: dict[int, Spot] = {}
+            for group, of_group in members.items():
+                seen = [found[k] for k in of_group if k in found]
+                if len(seen) < len(of_group) or len({spot.tapped for spot in seen}) > 1:
+                    continue
+                if all(spot.by_rows if group in rows else spot.whole for spot in seen):
+                    kept.update(zip(of_group, seen, strict=True))
+            spots = self.together(Spots(kept, groups, rows))
+            if len(spots.spots) == len(found):
+                return spots
+            found = dict(spots.spots)  # without some, groups of others are no longer whole
 
 
 def see(call: Call) -> Seen | UnseenError:

@@ -26,7 +26,6 @@ from optaxclip._leaves import Tree
 from optaxclip._numerics import accumulator
 from optaxclip.per_example.engine.arguments import Call
 from optaxclip.per_example.engine.assumptions import UnseenError
-from optaxclip.per_example.engine.backward import Spots
 from optaxclip.per_example.forms.contractions import einsum
 from optaxclip.per_example.forms.forms import Form
 from optaxclip.per_example.forms.trees import cast, masked
@@ -96,8 +95,7 @@ def weighed(call: Call, seen: Seen | UnseenError, method: Method, how: Weighing)
         return from_forms(stacked(call), how)
     if method == "two_pass" and not how.rows:
         return _two_passes(call, seen, how)
-    spots = seen.alone(how.groups, how.rows)
-    spots = seen.together(dataclasses.replace(spots, spots=_wide_ones(spots, call, how)))
+    spots = seen.alone(how.groups, _wide(call, how), how.rows)
     if not spots.spots:
         return from_forms(seen.factored(call), how)
 
@@ -122,7 +120,8 @@ def _two_passes(call: Call, seen: Seen, how: Weighing) -> Weighed:
     spots = seen.spots(how.groups)
     found = seen.measured(call, spots)
     squares = _squares(found.forms, how, found.squares)
-    wide = seen.together(dataclasses.replace(spots, spots=_wide_ones(spots, call, how)))
+    of_wide = {k: spot for k, spot in spots.spots.items() if k in _wide(call, how)}
+    wide = seen.together(dataclasses.replace(spots, spots=of_wide))
 
     def sums_of(call: Call, squares: Arrays, how: Weighing) -> list[jax.Array]:
         weights = {group: how.of(group, x) for group, x in squares.items()}
@@ -216,10 +215,9 @@ def _sum(form: Form, weights: jax.Array, how: Weighing) -> jax.Array:
     return einsum("bl,bln->ln", weights, flat).reshape(form.shape).astype(dtype)
 
 
-def _wide_ones(spots: Spots, call: Call, how: Weighing) -> dict[int, Any]:
-    """Those of which a sum of the parameter's own dtype is wide enough, as AD makes no other."""
-    dtypes = [p.dtype for p in call.params]
-    return {k: spot for k, spot in spots.spots.items() if how.wide(dtypes[k]) == dtypes[k]}
+def _wide(call: Call, how: Weighing) -> set[int]:
+    """The parameters of which a sum in their own dtype is wide enough, as AD makes no other."""
+    return {k for k, p in enumerate(call.params) if how.wide(p.dtype) == p.dtype}
 
 
 def _listed(sums: Arrays, how: Weighing) -> list[jax.Array]:
