@@ -1,6 +1,6 @@
 """Convolutions with a parameter as kernel: any rank, stride, padding, dilation, and groups."""
 
-import functools
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -47,34 +47,43 @@ def conv(
     split = numbers.lhs_spec[0 if batch_group_count > 1 else 1]
     names = _names(numbers.lhs_spec, split, "nc")
     out_names = _names(numbers.out_spec, numbers.out_spec[1], "no")
-    sizes = [out.shape[1 + a] for a in numbers.out_spec[2:]]
-    window = [kernel.shape[a] for a in numbers.rhs_spec[2:]]
-
-    edges = [(0, 0, 0)] * images.ndim
-    for a, (low, high), dilation in zip(numbers.lhs_spec[2:], padding, lhs_dilation, strict=True):
-        edges[1 + a] = (low, high, dilation - 1)
-    images = _grouped(lax.pad(images, jnp.zeros((), images.dtype), edges), 1 + split, groups)
-    out = _grouped(out, 1 + numbers.out_spec[1], groups)
-
-    def shifted(x: Any, axis: int, by: int) -> Any:
-        """What element `by` of the window sees along a spatial axis."""
-        start, stride = by * rhs_dilation[axis], window_strides[axis]
-        stop = start + max((sizes[axis] - 1) * stride + 1, 0)
-        return lax.slice_in_dim(x, start, stop, stride, axis=names.index(_SPATIAL[axis]))
-
-    channels_out = kernel.shape[numbers.rhs_spec[0]]
+    channels_out, channels_in, *window = (kernel.shape[a] for a in numbers.rhs_spec)
     t = out.size // (ctx.examples * channels_out)
     layout = _layout(kernel, numbers.rhs_spec, groups)
-    if channels_out <= t * groups and math.prod(window) <= _MOST_SHIFTS:
+    by_element = channels_out <= t * groups and math.prod(window) <= _MOST_SHIFTS
+    moving = [False] * len(window)
+    if by_element:
+        fewer = channels_out < channels_in * groups
+        moving = _moving_cotangents(window_strides, lhs_dilation, fewer)
+    axes = [
+        _Axis(images.shape[1 + x], out.shape[1 + y], *rest)
+        for x, y, *rest in zip(
+            numbers.lhs_spec[2:], numbers.out_spec[2:], window, window_strides, lhs_dilation,
+            rhs_dilation, padding, moving, strict=True,
+        )
+    ]  # fmt: skip
+    of_images, of_out = ([(0, 0, 0)] * x.ndim for x in (images, out))
+    for axis, x, y in zip(axes, numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True):
+        of_images[1 + x], of_out[1 + y] = axis.edges
+    images = _grouped(_padded(images, of_images), 1 + split, groups)
+    out = _grouped(_padded(out, of_out), 1 + numbers.out_spec[1], groups)
+
+    if by_element:
         blocks = []
         for element in itertools.product(*map(range, window)):
-            seen = functools.reduce(lambda x, at: shifted(x, *at), enumerate(element), images)
-            blocks.append(_product(seen, names, out, out_names, precision))
+            left, right = images, out
+            for axis, name, k in zip(axes, _SPATIAL, element, strict=False):
+                if axis.moving:
+                    right = axis.seeing(right, k, out_names.index(name))
+                else:
+                    left = axis.seen(left, k, names.index(name))
+            blocks.append(_product(left, names, right, out_names, precision))
         stacked = jnp.stack(blocks, axis=2).reshape(ctx.examples, *layout.sizes)
         return Dense(layout.to_parameter(stacked))
 
-    for axis, size in enumerate(window):
-        images = jnp.stack([shifted(images, axis, by) for by in range(size)], axis=-1)
+    for axis, name in zip(axes, _SPATIAL, strict=False):
+        seen = [axis.seen(images, k, names.index(name)) for k in range(axis.window)]
+        images = jnp.stack(seen, axis=-1)
     elements, order = _ELEMENTS[: len(window)], f"bgn{_SPATIAL[: len(window)]}"
     left = jnp.einsum(f"{names}{elements}->{order}{elements}c", images)
     right = jnp.einsum(f"{out_names}->{order}o", out)
@@ -83,6 +92,64 @@ def conv(
 
 
 _SPATIAL, _ELEMENTS = "xyzuvw", "ijklmr"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """A spatial axis: which places of the images are seen through element `k` of the window."""
+
+    size: int
+    """Of the images."""
+    out_size: int
+    window: int
+    stride: int
+    dilation: int
+    """Of the images."""
+    spread: int
+    """Dilation of the window."""
+    padding: tuple[int, int]
+    moving: bool
+    """Whether the cotangents are shifted, and the images stay."""
+
+    @property
+    def edges(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """How the images and the cotangents are padded."""
+        if not self.moving:
+            return (*self.padding, self.dilation - 1), (0, 0, 0)
+        low = self.padding[0]
+        after = low + (self.size - 1) * self.dilation + 1 - self.out_size
+        return (0, 0, 0), (max(0, (self.window - 1) * self.spread - low), max(0, after), 0)
+
+    def seen(self, images: Any, k: int, at: int) -> Any:
+        """Those places of the images, one for each cotangent."""
+        return _slice(images, k * self.spread, self.out_size, self.stride, at)
+
+    def seeing(self, out: Any, k: int, at: int) -> Any:
+        """The cotangents that see the images through `k`, one for each place; zero where none."""
+        _, (before, _, _) = self.edges
+        start = before + self.padding[0] - k * self.spread
+        return _slice(out, start, self.size, self.dilation, at)
+
+
+def _moving_cotangents(strides: Any, dilations: Any, fewer: bool) -> list[bool]:
+    """Along which spatial axes the cotangents are shifted, and the images stay.
+
+    A shift is a copy, so that the side with fewer channels moves. Strides hold the cotangents in
+    their place. Dilated images (transposed convolutions) stay as they are: shifted, each copy
+    would be mostly zeros. An autoencoder took 1.0x and 14.6 times the memory of a plain gradient
+    with such copies on a CPU, and takes 0.3x and 2.3 times.
+    """
+    strided, dilated = any(s > 1 for s in strides), any(d > 1 for d in dilations)
+    default = not strided and (dilated or fewer)
+    return [s == 1 and (d > 1 or default) for s, d in zip(strides, dilations, strict=True)]
+
+
+def _padded(x: Any, edges: Any) -> Any:
+    return lax.pad(x, jnp.zeros((), x.dtype), edges) if any(map(any, edges)) else x
+
+
+def _slice(x: Any, start: int, size: int, stride: int, axis: int) -> Any:
+    return lax.slice_in_dim(x, start, start + max((size - 1) * stride + 1, 0), stride, axis=axis)
 
 
 def _grouped(x: Any, axis: int, groups: int) -> Any:
