@@ -5,7 +5,7 @@ What other rooms import, and no more:
 * `norms`: `AxisName`, `By`, `L2`, `Norm`
 * `groups`: `Blocks`, `Groups`
 * `units`: `UnitAxes`, `equinox_unit_axes`, `flax_unit_axes`, `haiku_unit_axes`, `resolve`
-* `platforms`: `in_turn`
+* `platforms`: `ACCELERATOR`, `CPU`, `Rates`, `by_rates`, `in_turn`
 * `reductions`: `Sums`
 * `mesh`: `check_reduced`
 * `statistics`: `ClipStats`, `ExampleStats`, `GroupStats`, `check_same_groups`, `empty_stats`,

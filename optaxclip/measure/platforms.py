@@ -3,6 +3,7 @@
 Compilers' figures are for 25 leaves of 1024x1024 in front of Adam.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optaxclip._compat import varying_axes
 from optaxclip._numerics import marked, stacked
 
 Axes = tuple[tuple[int, ...], ...]
@@ -248,3 +250,36 @@ def in_turn(loop: Callable, written_out: Callable, *operands: jax.Array) -> jax.
     to wait, and holds all parts at once.
     """
     return lax.platform_dependent(*operands, tpu=written_out, default=loop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What bytes cost on a platform, in floating-point operations that take as long."""
+
+    moving: int
+    """One byte read or written."""
+    holding: int
+    """One byte more of temporary memory in a call."""
+    written_out_waits: bool
+    """Whether parts of a program with barriers between them share their memory."""
+
+
+CPU = Rates(moving=7, holding=25, written_out_waits=False)
+"""2 cores: 50 to 100 GFLOP/s. Temporary memory is asked of the system at each call: of a language
+model (32 x 64 tokens) one pass takes 1.26x a plain gradient in one part, which holds 249 MB, and
+0.77x in four; of a vision transformer stacked gradients take 1.30x and 0.86x, one pass 1.19x and
+1.01x (medians of interleaved rounds). With 7 operations a byte the estimate takes the faster of one
+pass and stacking for 20 of 22 models of `benchmarks/per_example.py`."""
+ACCELERATOR = Rates(moving=20, holding=0, written_out_waits=True)
+"""An H100 takes 20 operations of float32 in the time of one byte, a v5e 40 at the precision of
+norms. Parts cost time: 1.55x, 1.63x and 1.92x a plain gradient in one, two and four (cycles by the
+compiler of a v5e, a language model of 16 x 256 tokens)."""
+
+
+def by_rates(of: Callable[[Rates], Any], run: Callable[[Any], Callable], *operands: Any) -> Any:
+    """`run(of(rates))(*operands)` with the rates of the platform."""
+    cpu, default = of(CPU), of(ACCELERATOR)
+    # Inside shard_map both would have to vary over the same axes, of which they know nothing.
+    if cpu == default or any(map(varying_axes, jax.tree.leaves(operands))):
+        return run(default)(*operands)
+    return lax.platform_dependent(*operands, cpu=run(cpu), default=run(default))

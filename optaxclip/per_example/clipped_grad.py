@@ -15,7 +15,7 @@ from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Tree
 from optaxclip.per_example.engine.arguments import Argnums, Options, call_of, unbatched_aux
 from optaxclip.per_example.forms.explicit_axes import on_automatic_axes
-from optaxclip.per_example.reweighted import check_method
+from optaxclip.per_example.reweighted import check_memory, check_method
 from optaxclip.per_example.schedules.clipped_sum import Clipping
 from optaxclip.per_example.schedules.costs import Method
 from optaxclip.per_example.schedules.microbatches import check_divides
@@ -94,6 +94,7 @@ def clipped_grad(
     prng_argnum: int | None = None,
     spmd_axis_name: Any = None,
     method: Method | Literal["auto"] = "auto",
+    memory: float | None = None,
 ) -> BoundedSensitivityCallable:
     """The sum of clipped per-example gradients, `sum_b min(1, C / |g_b|) g_b`, like `jax.grad`.
 
@@ -115,7 +116,7 @@ def clipped_grad(
       nan_safe: whether an example with NaN or infinity counts as zero, or makes the sum NaN.
       dtype: of the sum; None: that of the parameters.
       prng_argnum, spmd_axis_name: a random key, split for the examples; as in `jax.vmap`.
-      method: as in `per_example.reweighted_grad`.
+      method, memory: as in `per_example.reweighted_grad`.
 
     Returns:
       A function of the arguments of `fun`, with `.sensitivity()` and `.l2_norm_bound`, by which no
@@ -143,13 +144,21 @@ def clipped_grad(
         argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, named_examples=True
     )
     check_method(method)
+    check_memory(memory, method)
     transform = None if pre_clipping_transform is _unchanged else pre_clipping_transform
     if transform is not None and method not in ("auto", "vmap"):
         raise ValueError(
             f"method must be 'vmap' with a pre_clipping_transform, got {method!r}. Pass that or"
             " 'auto': gradients that go through any function have to be stacked."
         )
-    clipping = Clipping(l2_clip_norm, rescale_to_unit_norm, transform, nan_safe, dtype, method)
+    if transform is not None and memory is not None:
+        raise ValueError(
+            f"memory must be None with a pre_clipping_transform, got {memory}. Pass"
+            " microbatch_size: gradients that go through any function have to be stacked."
+        )
+    clipping = Clipping(
+        l2_clip_norm, rescale_to_unit_norm, transform, nan_safe, dtype, method, memory
+    )
     with_aux = has_aux or return_values or return_grad_norms
 
     def run(*args: Any, is_padding_example: Any = None, **kwargs: Any) -> Any:
@@ -193,6 +202,7 @@ def clipped_value_and_grad(
     prng_argnum: int | None = None,
     spmd_axis_name: Any = None,
     method: Method | Literal["auto"] = "auto",
+    memory: float | None = None,
 ) -> BoundedSensitivityCallable:
     """The losses [B] and the sum of `clipped_grad`, in the order of `jax.value_and_grad`.
 
@@ -200,7 +210,7 @@ def clipped_value_and_grad(
       fun, argnums, has_aux: as in `clipped_grad`.
       l2_clip_norm, rescale_to_unit_norm, normalize_by: as there.
       batch_argnums, keep_batch_dim, pre_clipping_transform, microbatch_size: as there.
-      nan_safe, dtype, prng_argnum, spmd_axis_name, method: as there.
+      nan_safe, dtype, prng_argnum, spmd_axis_name, method, memory: as there.
 
     Returns:
       A function of the arguments of `fun`, which returns `(values, gradient)`, or
@@ -219,7 +229,7 @@ def clipped_value_and_grad(
         batch_argnums=batch_argnums, keep_batch_dim=keep_batch_dim,
         pre_clipping_transform=pre_clipping_transform, microbatch_size=microbatch_size,
         nan_safe=nan_safe, dtype=dtype, prng_argnum=prng_argnum, spmd_axis_name=spmd_axis_name,
-        method=method,
+        method=method, memory=memory,
     )  # fmt: skip
 
     @functools.wraps(fun)

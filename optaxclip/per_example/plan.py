@@ -7,12 +7,14 @@ from typing import Any
 import jax
 
 from optaxclip._leaves import leaves_with_path, path_name, place
+from optaxclip.measure.platforms import ACCELERATOR, CPU, Rates
 from optaxclip.per_example.engine.arguments import Argnums, Options, call_of
 from optaxclip.per_example.fallbacks import reason
 from optaxclip.per_example.forms.forms import Form, is_form, terms, zero_like
-from optaxclip.per_example.schedules.choice import estimated
+from optaxclip.per_example.schedules.choice import Chooser, chooser
 from optaxclip.per_example.schedules.costs import (
     Costs,
+    Method,
     bytes_of,
     norm_flops,
     plain_flops,
@@ -20,6 +22,8 @@ from optaxclip.per_example.schedules.costs import (
 )
 from optaxclip.per_example.schedules.factored import factored, see
 from optaxclip.per_example.table import amount, note, table
+
+_ARTICLES = {"cpu": "a CPU", "accelerator": "an accelerator"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,19 @@ class Row:
     """Why gradients have to be stacked; empty if they do not."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One way to the clipped sum of the whole gradient, and what it is estimated to cost."""
+
+    method: Method
+    parts: int
+    """In how many the batch is taken."""
+    bytes: int
+    """Held at once."""
+    work: float
+    """Operations, and bytes as so many of them, over those of a plain gradient."""
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What `explain` returns; it shows as a table."""
@@ -52,6 +69,8 @@ class Plan:
     costs: Costs
     plain_flops: int
     """Of the gradient of the summed loss."""
+    schedules: dict[str, tuple[Schedule, ...]]
+    """By platform, "cpu" or "accelerator", what `clipped_grad` may take: first what it takes."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -84,19 +103,31 @@ class Plan:
             f"A plain gradient: parameters {amount(costs.parameter_bytes, 'B')}, residuals"
             f" {amount(costs.residual_bytes, 'B')}, {amount(self.plain_flops, 'FLOP')}.",
             f"The norms add {amount(costs.norm_flops, 'FLOP')} ({share:.1%}).",
-            f'method="auto" takes {costs.method}.',
-            *self._advice(),
+            "",
+            *self._ranked(),
         ]
 
-    def _advice(self) -> list[str]:
-        """Where the two lines, per_example_grad and clip_per_example, are not the best way."""
-        costs, parts = self.costs, self.costs.parts()
-        if costs.method == "vmap" and costs.factor_bytes > costs.stacked_bytes:
-            share = costs.factor_bytes / max(costs.stacked_bytes, 1)
-            return [f"per_example_grad holds {share:.1f} times as much: take clipped_grad."]
-        if parts > 1:
-            return [f"clipped_grad takes the batch in {parts} parts, per_example_grad in one."]
-        return []
+    def _ranked(self) -> list[str]:
+        """What clipped_grad takes, and the runners-up."""
+        lines = [("clipped_grad", "takes", "in parts", "held", "held / plain", "work / plain")]
+        for platform, ranked in self.schedules.items():
+            for nth, found in enumerate(ranked):
+                lines.append(
+                    (
+                        "" if nth else f"on {_ARTICLES[platform]}",
+                        f"{'then ' if nth else ''}{found.method}",
+                        str(found.parts),
+                        amount(found.bytes, "B"),
+                        f"{found.bytes / max(self.costs.plain_bytes, 1):.2f}x",
+                        f"{found.work:.2f}x",
+                    )
+                )
+        held = amount(self.costs.factor_bytes, "B")
+        best = {(ranked[0].method, ranked[0].parts) for ranked in self.schedules.values()}
+        if best == {("one_pass", 1)}:
+            return table(lines)
+        of_forms = f"per_example_grad takes one pass over the whole batch, and holds {held}."
+        return [*table(lines), of_forms]
 
 
 def explain(
@@ -126,9 +157,10 @@ def explain(
       **kwargs: keyword arguments of `fun`.
 
     Returns:
-      A `Plan`: one row per parameter; `.fallbacks`, `.to_dict()`. It shows as a table with
-      the uses of each parameter, its form, the way to its norm, the operations of the norm and
-      of a weighted sum, and the bytes held.
+      A `Plan`: one row per parameter; `.fallbacks`, `.to_dict()`, `.schedules`. It shows as a
+      table with the uses of each parameter, its form, the way to its norm, the operations of the
+      norm and of a weighted sum, and the bytes held; then which schedule `clipped_grad` takes on
+      which platform, and the runners-up, by estimates.
 
     Raises:
       ValueError, TypeError: as `per_example_grad` does.
@@ -171,7 +203,27 @@ def _plan(fun: Callable, options: Options, args: Any, kwargs: Any) -> Plan:
         _row(place(path_name(path)), form, count, call.size)
         for (path, form), count in zip(leaves, uses, strict=True)
     ]
-    return Plan(tuple(rows), estimated(call, seen, [0] * len(call.params)), plain_flops(call))
+    choosing = chooser(call, seen, [0] * len(call.params), "auto", "auto")
+    assert choosing.costs is not None
+    flops = plain_flops(call)
+    schedules = {
+        "cpu": _schedules(choosing, choosing.costs, CPU, flops),
+        "accelerator": _schedules(choosing, choosing.costs, ACCELERATOR, flops),
+    }
+    return Plan(tuple(rows), choosing.costs, flops, schedules)
+
+
+def _schedules(
+    chooser: Chooser, costs: Costs, rates: Rates, plain_flops: int
+) -> tuple[Schedule, ...]:
+    """Those that may be taken, the best first; of a method the best number of parts alone."""
+    best: dict[Method, Schedule] = {}
+    for choice in chooser.ranked(rates):
+        method, parts = choice.method, chooser.parts(choice)
+        held, work = (f(method, parts, rates) for f in (costs.memory, costs.work))
+        found = Schedule(method, parts, held, 1 + work / max(plain_flops, 1))
+        best.setdefault(method, found)
+    return tuple(best.values())
 
 
 def _row(path: str, form: Form, uses: int, examples: int) -> Row:

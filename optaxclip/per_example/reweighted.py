@@ -12,16 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
-from optaxclip._leaves import Tree
-from optaxclip.per_example.engine.arguments import Argnums, Options, call_of, unbatched_aux
+from optaxclip._leaves import LeafFn, Tree
+from optaxclip.measure.norms import Norm
+from optaxclip.per_example.aggregators.clip import norm_by
+from optaxclip.per_example.engine.arguments import Argnums, Call, Options, call_of, unbatched_aux
 from optaxclip.per_example.fallbacks import refuse_fallbacks
 from optaxclip.per_example.forms.explicit_axes import on_automatic_axes
 from optaxclip.per_example.forms.forms import zero_like
-from optaxclip.per_example.schedules.choice import choose, in_parts
+from optaxclip.per_example.schedules.choice import chooser, in_parts
 from optaxclip.per_example.schedules.costs import Method
 from optaxclip.per_example.schedules.factored import factored, see
 from optaxclip.per_example.schedules.microbatches import check_divides
 from optaxclip.per_example.schedules.weighed import Weighing, weighed
+
+# An int below is meant as a multiple.
+_LEAST_BYTES = 2**16
 
 Weights = Callable[[jax.Array], jax.Array]
 
@@ -34,9 +39,9 @@ class Reweighted(NamedTuple):
     values: jax.Array
     """Losses, [B]."""
     sq_norms: jax.Array
-    """`|g_b|^2`, [B]."""
+    """`|g_b|^2`, [B]; by leaf or label [B, groups], in the order of paths, or of labels."""
     weights: jax.Array
-    """`c_b`, [B]."""
+    """`c_b`, like `sq_norms`."""
     aux: Tree
     """[B, ...]; () without `has_aux`."""
 
@@ -46,8 +51,10 @@ def reweighted_grad(
     weights: Weights,
     argnums: Argnums = 0,
     *,
+    by: Literal["global", "leaf"] | Tree | LeafFn = "global",
     method: Method | Literal["auto"] = "auto",
     microbatch_size: int | Literal["auto"] | None = None,
+    memory: float | None = None,
     batch_argnums: Argnums = 1,
     has_aux: bool = False,
     keep_batch_dim: bool = False,
@@ -60,17 +67,20 @@ def reweighted_grad(
       fun: the loss of one example, as for `per_example_grad`.
       weights: squared norms [B] -> weights [B]. No gradient flows through it.
       argnums: as for `per_example_grad`, and so are the options below.
+      by: what one norm is taken over, as in `clip_per_example`: `"global"`, an example's whole
+        gradient; `"leaf"`; or labels. Each is weighed by its own `weights`.
       method: `"one_pass"`: norms and sum from factored gradients, which are held in between.
         `"two_pass"`: one pass forward, then norms from a pass back that holds nothing but what
         parameters with several uses need, then the gradient of `sum_b c_b loss_b`; one pass where
         a `custom_vjp` in the loss may not be linear, as the loss cannot be scaled then. `"vmap"`:
-        the gradients of all examples, stacked. `"auto"`: by bytes and operations estimated from
-        shapes; two passes where the batch is not to be cut and all else holds too much.
-      microbatch_size: how many examples to take at a time, in a `lax.scan`: a divisor of B. What
-        is held is then that of so many examples, and `weights` sees so many at a time. `"auto"`:
-        half of them, or fewer where that would hold more than a plain gradient, as under
-        `jax.checkpoint`; all if the batch is small next to the parameters, or with another
-        `method` than `"auto"`. None: all.
+        the gradients of all examples, stacked. `"auto"`: the fastest that fits, by bytes and
+        operations estimated from shapes; `explain` shows which, and the others.
+      microbatch_size: how many examples to take at a time: a divisor of B. What is held is then
+        that of so many examples, and `weights` sees so many at a time. `"auto"`: as many as are
+        fastest and fit; all with another `method` than `"auto"`. None: all.
+      memory: what fits, for `method="auto"`: a float: as many times what a plain gradient holds
+        between its passes; an int: bytes. None: 1.1 times where the batch may be cut, else 2, and
+        two passes only where nothing else fits. If nothing fits, what holds least is taken.
       batch_argnums: which arguments hold the examples.
       has_aux: whether `fun` returns `(loss, aux)`.
       keep_batch_dim: whether `fun` sees an example as a batch of one.
@@ -82,8 +92,9 @@ def reweighted_grad(
       A function of the arguments of `fun`, which returns a `Reweighted`.
 
     Raises:
-      ValueError: unknown method; weights that are not [B]; a micro-batch size that is < 1 or does
-        not divide B; otherwise as `per_example_grad`.
+      ValueError: unknown method or `by`; weights that are not [B]; a micro-batch size that is < 1
+        or does not divide B; a memory that is not > 0, or with another method than "auto";
+        otherwise as `per_example_grad`.
       TypeError: a micro-batch size that is no whole number; otherwise as `per_example_grad`.
 
     Guarantees:
@@ -105,7 +116,9 @@ def reweighted_grad(
       [0.6 1.8]
     """
     options = Options(argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
+    norm = norm_by(by)
     check_method(method)
+    check_memory(memory, method)
     if microbatch_size is not None and microbatch_size != "auto":
         check_count(microbatch_size, "microbatch_size")
 
@@ -121,20 +134,25 @@ def reweighted_grad(
             _check_weights(found, squares.size)
             return found
 
-        how = Weighing([0] * len(call.params), checked)
+        of_param, count = _groups(call, norm)
+        how = Weighing(of_param, checked)
         check_divides(None if microbatch_size == "auto" else microbatch_size, call.size)
-        chosen = choose(call, seen, how.groups, method, microbatch_size)
+        choosing = chooser(call, seen, how.groups, method, microbatch_size, memory)
 
-        def part(batch: list[Any]) -> tuple[list[Any], Any]:
+        def joined(by_group: list[jax.Array]) -> jax.Array:
+            return by_group[0] if by == "global" else jnp.stack(by_group, axis=1)
+
+        def part(method: Method, batch: list[Any]) -> tuple[list[Any], Any]:
             some = dataclasses.replace(call, batch=batch)
-            found = weighed(some, seen, chosen.method, how)
+            found = weighed(some, seen, method, how)
             none = jnp.zeros(some.size)
-            squares = found.squares.get(0, none)
-            return found.sums, (found.losses, squares, how.of(0, squares), found.aux)
+            squares = [found.squares.get(group, none) for group in range(count)]
+            c = [how.of(group, x) for group, x in enumerate(squares)]
+            return found.sums, (found.losses, joined(squares), joined(c), found.aux)
 
-        sums, (losses, squares, c, aux) = in_parts(part, call.batch, call.size, chosen)
+        sums, (losses, squares, c, aux) = in_parts(part, call.batch, choosing)
         sums = [x.astype(p.dtype) for x, p in zip(sums, call.params, strict=True)]
-        total = call.like_params(sums, lambda leaf: zero_like(leaf, call.size).weighted_sum(c))
+        total = call.like_params(sums, lambda leaf: zero_like(leaf, 1).weighted_sum(jnp.zeros(1)))
         return Reweighted(total, losses, squares, c, unbatched_aux(aux, options))
 
     @functools.wraps(fun)
@@ -144,11 +162,47 @@ def reweighted_grad(
     return reweighted
 
 
+def _groups(call: Call, norm: Norm) -> tuple[list[int], int]:
+    """The group of each parameter, and how many groups there are."""
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.params]
+    like = call.like_params(types, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    numbers = jax.tree.leaves(call.like_params([*range(len(types))], lambda leaf: -1))
+    leaves = norm.leaves(like)
+    groups = norm.groups(leaves)
+    of_param = [0] * len(types)  # that of an empty one, whose norm is zero, does not matter
+    for position, group in zip(leaves.positions, groups.of_leaf, strict=True):
+        of_param[numbers[position]] = group
+    return of_param, max(1, groups.size)
+
+
 def check_method(method: Any) -> None:
     """Raises unless `method` is one of the schedules, or "auto"."""
     known = ("auto", *get_args(Method))
     if method not in known:
         raise ValueError(f"unknown method, got {method!r}. Use one of {known}.")
+
+
+def check_memory(memory: Any, method: Any) -> None:
+    """Raises unless `memory` is a multiple or a number of bytes that "auto" can go by."""
+    if memory is None:
+        return
+    if isinstance(memory, bool) or not isinstance(memory, int | float):
+        raise TypeError(
+            "memory must be a float, a multiple of what a plain gradient holds, or an int, bytes,"
+            f" got {memory!r}. Pass for example 1.5, or 2**30."
+        )
+    if isinstance(memory, int) and memory < _LEAST_BYTES:
+        raise ValueError(
+            f"memory must be at least {_LEAST_BYTES} bytes if it is an int, got {memory}. Pass"
+            f" {memory}.0 for {memory} times what a plain gradient holds."
+        )
+    if not memory > 0:
+        raise ValueError(f"memory must be > 0, got {memory}. Pass for example 1.5.")
+    if method != "auto":
+        raise ValueError(
+            f"memory must be None with method={method!r}, got {memory}. It says which schedule"
+            ' method="auto" takes; pass microbatch_size to have another hold less.'
+        )
 
 
 def _check_weights(weights: Any, size: int) -> None:

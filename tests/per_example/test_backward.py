@@ -7,10 +7,11 @@ import pytest
 from tools.agreement import close, normal, stacked_grads
 from tools.quick import quick_jit
 
+from optaxclip.measure.platforms import ACCELERATOR
 from optaxclip.per_example import Outer, clipped_grad
 from optaxclip.per_example.engine.arguments import Options, call_of
 from optaxclip.per_example.forms.layout import Layout
-from optaxclip.per_example.schedules.choice import Choice, choose
+from optaxclip.per_example.schedules.choice import Choice, chooser
 from optaxclip.per_example.schedules.factored import see
 from optaxclip.per_example.schedules.flops import flops
 
@@ -216,7 +217,8 @@ def test_auto_takes_two_passes_where_all_else_holds_too_much():
     def look(p, x):
         call = call_of(deep, Options(), (p, x), {})
         for size in (None, "auto"):
-            chosen[size] = choose(call, see(call), [0, 0], "auto", size)
+            found = chooser(call, see(call), [0, 0], "auto", size)
+            chosen[size] = found.choose(ACCELERATOR)
 
     jax.eval_shape(look, p, x)
     assert chosen[None] == Choice("two_pass", None)

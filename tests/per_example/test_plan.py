@@ -73,7 +73,9 @@ def test_printed():
     assert lines[1].index("9x4") == lines[0].index("shape")
     assert "4x3" in lines[4]
     assert lines[5].startswith("    stacked: ")
-    assert lines[-1] == 'method="auto" takes one_pass.'
+    taken = [line.rsplit(maxsplit=6)[:3] for line in lines if line.startswith("on a")]
+    assert taken == [["on a CPU", "one_pass", "1"], ["on an accelerator", "one_pass", "1"]]
+    assert lines[-1].split()[:2] == ["then", "two_pass"]
 
 
 def test_long_paths_lose_their_middle():
@@ -96,3 +98,13 @@ def test_further_arguments_may_be_anything():
     plan = explain(fun, jnp.ones(3), jnp.ones((2, 3)), "train", scale=2.0, has_aux=True)
     assert plan.rows[0].path == "the root"
     assert "the root" in repr(plan)
+
+
+def test_what_is_taken_is_said_with_what_is_not():
+    """Long examples: stacking is less work than one pass, which per_example_grad takes anyway."""
+    fun = lambda w, x: jnp.sum(jnp.sin(jnp.sin(x @ w) @ w))
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 256), (4, 2048, 256)))
+    plan = explain(fun, *shapes)
+    assert {ranked[0].method for ranked in plan.schedules.values()} == {"vmap"}
+    held = plan.rows[0].bytes
+    assert str(plan).endswith(f"over the whole batch, and holds {held / 1e6:.3g} MB.")

@@ -8,8 +8,9 @@ from tools.agreement import close, normal, stacked_grads
 from tools.models import mlp, mlp_batch, mlp_params
 from tools.quick import quick_jit
 
-from optaxclip.per_example import explain, reweighted_grad
-from optaxclip.per_example.schedules.choice import best_size
+from optaxclip.measure.platforms import ACCELERATOR, CPU
+from optaxclip.per_example import clipped_grad, explain, reweighted_grad
+from optaxclip.per_example.schedules.choice import Chooser, best_size
 from optaxclip.per_example.schedules.costs import Costs
 
 METHODS = ["one_pass", "two_pass", "vmap", "auto"]
@@ -141,36 +142,153 @@ def test_micro_batch_sizes_are_checked(size, error, message):
         reweighted_grad(mlp, clip, microbatch_size=size)(mlp_params(5, 3), mlp_batch())
 
 
-@pytest.mark.parametrize(
-    ("factor", "residual", "parameter", "parts"),
-    [(50, 100, 1, 2), (401, 100, 1, 5), (50, 100, 20, 1), (1, 2, 0.1, 1)],
-)
-def test_parts_bring_what_is_held_down_to_a_plain_gradient(factor, residual, parameter, parts):
+MB = 10**6
+
+
+def taken(rates=ACCELERATOR, *, examples=64, size="auto", memory=None, twice=True, **costs):
+    """What is chosen for costs in MB, and in how many parts."""
+    given = {"parameters": 1, "factors": 50, "stacked": 10**6, "residuals": 100, **costs}
+    parameters, factors, stacked, residuals, norms, forward = (
+        int(given.get(name, 0) * MB)
+        for name in ("parameters", "factors", "stacked", "residuals", "norms", "forward")
+    )
     costs = Costs(
-        parameter_bytes=int(parameter * 10**6), factor_bytes=factor * 10**6,
-        stacked_bytes=10**12, residual_bytes=residual * 10**6, norm_flops=0,
+        parameters, factors, stacked, residuals, norms, held_by_one=factors,
+        forward_flops=forward, convolves=given.get("convolves", False),
     )  # fmt: skip
-    assert costs.parts() == parts
-    assert costs.parts(100) == max(parts, 2)
+    chooser = Chooser(examples, "auto", size, memory, costs, twice)
+    choice = chooser.choose(rates)
+    return choice.method, chooser.parts(choice)
 
 
-def test_half_a_batch_asks_for_as_many_parts_as_the_whole():
-    """Of the residuals 40 MB are parameters, which a batch twice as large has no more of."""
-    both = {"parameter_bytes": 40 * 10**6, "stacked_bytes": 10**12, "norm_flops": 0}
-    half = Costs(factor_bytes=300 * 10**6, residual_bytes=60 * 10**6, **both)
-    whole = Costs(factor_bytes=600 * 10**6, residual_bytes=80 * 10**6, **both)
-    assert half.parts(2) == whole.parts() == 8
+@pytest.mark.parametrize(
+    ("costs", "parts"),
+    [
+        ({"factors": 50}, 2),
+        ({"factors": 5}, 1),
+        ({"factors": 401}, 8),
+        ({"factors": 1.5, "residuals": 2}, 1),  # next to nothing
+        ({"factors": 60, "residuals": 100, "parameters": 80}, 1),  # a total holds as much
+    ],
+)
+def test_an_accelerator_takes_as_few_parts_as_fit(costs, parts):
+    assert taken(**costs) == ("one_pass", parts)
+
+
+def test_a_cpu_takes_parts_for_speed():
+    assert taken(CPU, factors=5) == ("one_pass", 8)
+    assert taken(CPU, factors=5, residuals=10) == ("one_pass", 1)
+
+
+def test_convolutions_are_not_cut_on_a_cpu():
+    """There parts that are written out are held together, and in a loop they are slow."""
+    assert taken(CPU, convolves=True) == ("one_pass", 1)
+    assert taken(ACCELERATOR, convolves=True) == ("one_pass", 2)
+    assert taken(ACCELERATOR, factors=2000, convolves=True)[1] <= 8
+
+
+def test_two_passes_only_where_nothing_else_fits_a_batch_that_is_whole():
+    assert taken(size=None, factors=90, forward=1) == ("one_pass", 1)
+    assert taken(size=None, factors=110, forward=1) == ("two_pass", 1)
+    assert taken(size=None, factors=110, forward=1, twice=False) == ("one_pass", 1)
+    assert taken(size=None, factors=110, stacked=80, forward=1) == ("vmap", 1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "found"),
+    [
+        (3.0, ("one_pass", 1)),
+        (1.2, ("one_pass", 4)),
+        (0.5, ("one_pass", 8)),
+        (120 * MB, ("one_pass", 4)),
+        (1000 * MB, ("one_pass", 1)),
+        (1.01, ("one_pass", 4)),
+    ],
+)
+def test_memory_is_what_fits(memory, found):
+    assert taken(factors=190, memory=memory, forward=10**6) == found
+
+
+def test_memory_may_ask_for_two_passes():
+    assert taken(size=None, factors=50, memory=1.1, forward=1) == ("two_pass", 1)
+    assert taken(size=None, factors=50, memory=1.6, forward=1) == ("one_pass", 1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "method", "error", "message"),
+    [
+        (2, "auto", ValueError, r"at least 65536 bytes if it is an int, got 2\. Pass 2\.0"),
+        (0.0, "auto", ValueError, r"must be > 0, got 0\.0"),
+        (float("nan"), "auto", ValueError, r"must be > 0, got nan"),
+        (True, "auto", TypeError, r"must be a float, .* got True"),
+        (1.5, "vmap", ValueError, r"must be None with method='vmap', got 1\.5"),
+    ],
+)
+def test_memory_is_checked(memory, method, error, message):
+    with pytest.raises(error, match=message):
+        reweighted_grad(mlp, clip, method=method, memory=memory)
+    with pytest.raises(error, match=message):
+        clipped_grad(mlp, l2_clip_norm=1.0, method=method, memory=memory)
+
+
+def test_memory_says_nothing_of_gradients_that_are_transformed():
+    with pytest.raises(ValueError, match=r"None with a pre_clipping_transform, got 1\.5"):
+        clipped_grad(mlp, l2_clip_norm=1.0, pre_clipping_transform=lambda g: g * 2, memory=1.5)
+
+
+def test_the_loss_is_traced_once():
+    calls = []
+
+    def fun(params, example):
+        calls.append(1)
+        return mlp(params, example)
+
+    jax.jit(reweighted_grad(fun, clip, microbatch_size="auto")).lower(mlp_params(5, 3), mlp_batch())
+    assert len(calls) == 1
+    jax.jit(clipped_grad(fun, l2_clip_norm=1.0, keep_batch_dim=False)).lower(
+        mlp_params(5, 3), mlp_batch()
+    )
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
     ("count", "parts", "size"), [(8, 1, None), (8, 2, 4), (9, 2, 3), (12, 5, 2), (13, 2, None)]
 )
 def test_the_best_size_divides_the_batch(count, parts, size):
-    class Asking:
-        def parts(self):
-            return parts
+    assert best_size(count, parts) == size
 
-    assert best_size(count, Asking()) == size
+
+@pytest.mark.parametrize("method", ["one_pass", "two_pass", "vmap"])
+@pytest.mark.parametrize("labels", [None, {"a": "x", "b": ["y", "x"], "n": "none", "e": "y"}])
+def test_norms_by_leaf_or_label(method, labels):
+    """The tree has an integer and an empty leaf, which count for nothing."""
+    params = {
+        "a": normal(0, 4, 3), "b": [normal(1, 3, 2), normal(2, 2)], "n": np.arange(2),
+        "e": jnp.zeros((0, 2)),
+    }  # fmt: skip
+    batch = normal(3, 6, 4)
+    fun = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"][0] * p["b"][1])
+    grads = stacked_grads(lambda p, x: fun({**params, **p}, x), {k: params[k] for k in "ab"}, batch)
+    each = {"a": grads["a"], "b/0": grads["b"][0], "b/1": grads["b"][1]}
+    groups = [["a"], ["b/0"], ["b/1"]] if labels is None else [["a", "b/1"], ["b/0"]]
+    want, squares = {}, []
+    for group in groups:
+        square = sum(np.sum(np.square(each[k]), axis=tuple(range(1, each[k].ndim))) for k in group)
+        squares.append(square)
+        c = np.minimum(1, 0.3 / np.sqrt(square))
+        want.update({k: np.tensordot(c, each[k], 1) for k in group})
+    by = "leaf" if labels is None else labels
+    weights = lambda square: jnp.minimum(1, 0.3 / jnp.sqrt(square))
+    found = quick_jit(reweighted_grad(fun, weights, by=by, method=method))(params, batch)
+    close(found.sq_norms, np.stack(squares, axis=1), 1e-10)
+    close(found.weights, np.minimum(1, 0.3 / np.sqrt(np.stack(squares, axis=1))), 1e-10)
+    close([found.grads["a"], *found.grads["b"]], [want[k] for k in each], 1e-10)
+    assert found.grads["e"].shape == (0, 2)
+
+
+def test_by_is_checked():
+    with pytest.raises(ValueError, match=r"unknown by, got 'unit'. Use 'global', 'leaf'"):
+        reweighted_grad(mlp, clip, by="unit")
 
 
 def test_weights_are_checked():
@@ -184,8 +302,8 @@ def test_methods_are_checked():
         reweighted_grad(mlp, clip, method="fast")
 
 
-def chosen(fun, params, data):
-    return explain(fun, params, data).costs.method
+def chosen(fun, params, data, platform="accelerator"):
+    return explain(fun, params, data).schedules[platform][0].method
 
 
 def ones(shape):
@@ -202,12 +320,3 @@ def test_auto_stacks_few_long_examples():
     fun = lambda w, x: jnp.sum(jnp.sin(x @ w))
     assert chosen(fun, ones((256, 256)), ones((4, 2048, 256))) == "vmap"
     assert chosen(fun, ones((256, 256)), ones((128, 16, 256))) == "one_pass"
-
-
-@pytest.mark.parametrize(("stacked_bytes", "method"), [(10**8, "vmap"), (10**10, "one_pass")])
-def test_auto_stacks_where_that_holds_less(stacked_bytes, method):
-    costs = Costs(
-        parameter_bytes=10**6, factor_bytes=10**9, stacked_bytes=stacked_bytes,
-        residual_bytes=10**8, norm_flops=0,
-    )  # fmt: skip
-    assert costs.method == method

@@ -76,7 +76,7 @@ def clip_per_example(
 
     Source: Abadi et al., arXiv 1607.00133; `"automatic"`: 2206.07136; `"psac"`: 2212.00328.
     """
-    measured = _norm(by)
+    measured = norm_by(by)
     limit = as_threshold(max_norm, "max_norm")
     answer = as_response(response)
     _check_mean(mean)
@@ -135,7 +135,8 @@ def clip_per_example(
     return aggregating.Aggregator(init_fn, of_gradients(update_fn))
 
 
-def _norm(by: Any) -> Norm:
+def norm_by(by: Any) -> Norm:
+    """The norms of an example: of its whole gradient, of each leaf, or of each label."""
     if by == "global" or by == "leaf":
         return Norm(by)
     if isinstance(by, str):

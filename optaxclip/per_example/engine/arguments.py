@@ -151,7 +151,7 @@ def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[s
     # Inside shard_map the gradient of what does not vary over a mesh axis is added up over it: of
     # parameters it would be the sum over one example of each device.
     params = as_varying([leaves[i] for i in moving], batch)
-    return Call(one, params, as_varying(batch + keys, params), like_params)
+    return Call(jax.jit(one), params, as_varying(batch + keys, params), like_params)
 
 
 def unbatched_aux(aux: Tree, options: Options) -> Tree:

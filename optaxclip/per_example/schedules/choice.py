@@ -1,17 +1,25 @@
-"""Which schedule to take, and in how many parts: the fastest of those that fit."""
+"""Which schedule to take, and in how many parts: the fastest of those that fit, by platform."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
 
 from optaxclip._leaves import Tree
+from optaxclip.measure.platforms import Rates, by_rates
 from optaxclip.per_example.engine.arguments import Call
 from optaxclip.per_example.engine.assumptions import UnseenError
 from optaxclip.per_example.schedules.costs import Costs, Method, costs_of
 from optaxclip.per_example.schedules.factored import Seen, factored
-from optaxclip.per_example.schedules.microbatches import accumulated
+from optaxclip.per_example.schedules.microbatches import MOST_WRITTEN_OUT, accumulated
+
+Part = Callable[[Method, Tree], tuple[Tree, Tree]]
+
+# How much more than a plain gradient a batch may hold that can be cut, and one that cannot.
+_CUT, _WHOLE = 1.1, 2.0
+_PARTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,41 +30,96 @@ class Choice:
     size: int | None
 
 
-def choose(
+@dataclasses.dataclass(frozen=True)
+class Chooser:
+    """What was asked for, or the fastest of the rest that fits."""
+
+    examples: int
+    method: Method | Literal["auto"]
+    size: int | Literal["auto"] | None
+    memory: float | None = None
+    """What fits: as many times what a plain gradient holds; an `int`: bytes."""
+    costs: Costs | None = None
+    """None: nothing is to be chosen."""
+    twice: bool = True
+    """Whether two passes can be taken."""
+
+    def choose(self, rates: Rates) -> Choice:
+        """For a platform."""
+        if self.costs is None or self.method != "auto":
+            method: Method = "one_pass" if self.method == "auto" else self.method
+            if method == "two_pass" and not self.twice:
+                method = "one_pass"
+            return Choice(method, None if self.size == "auto" else self.size)
+        return self.ranked(rates)[0]
+
+    def ranked(self, rates: Rates) -> list[Choice]:
+        """All schedules, the best first: those that fit, by time, then by memory."""
+        assert self.costs is not None
+        costs = self.costs
+        sizes = self._sizes()
+
+        def key(choice: Choice) -> tuple[int, float]:
+            method, parts = choice.method, self.parts(choice)
+            work = costs.work(method, parts, rates)
+            if self.memory is not None:
+                if costs.fits(method, parts, rates, self.memory):
+                    return 0, work
+            elif method != "two_pass" and costs.fits(method, parts, rates, _CUT):
+                return 0, work
+            elif costs.fits(method, parts, rates, _WHOLE):
+                return 2 if method == "two_pass" else 1, work
+            return 3, costs.memory(method, parts, rates)
+
+        methods: list[Method] = ["one_pass", "vmap"]
+        if self.twice:
+            methods.append("two_pass")
+        return sorted((Choice(m, size) for m in methods for size in sizes), key=key)
+
+    def parts(self, choice: Choice) -> int:
+        """In how many parts a choice takes the batch."""
+        return 1 if choice.size is None else self.examples // choice.size
+
+    def _sizes(self) -> list[int | None]:
+        if self.size != "auto":
+            return [self.size]
+        assert self.costs is not None
+        most = MOST_WRITTEN_OUT if self.costs.convolves else max(_PARTS)
+        asked = (parts for parts in _PARTS if parts <= most)
+        return list(dict.fromkeys(best_size(self.examples, parts) for parts in asked))
+
+
+def chooser(
     call: Call,
     seen: Seen | UnseenError,
     groups: Sequence[int],
     method: Method | Literal["auto"],
     size: int | Literal["auto"] | None,
-) -> Choice:
-    """What was asked for, and the best of the rest."""
-    if method != "auto":
-        if method == "two_pass" and not _goes_back_twice(seen):
-            method = "one_pass"
-        return Choice(method, None if size == "auto" else size)
-    costs = estimated(call, seen, groups)
-    cut = best_size(call.size, costs) if size == "auto" else size
-    if cut is not None or not _goes_back_twice(seen):
-        return Choice(costs.method, cut)
-    return Choice(costs.whole, None)
+    memory: float | None = None,
+) -> Chooser:
+    """With the costs of a call, if there is anything to choose."""
+    twice = isinstance(seen, Seen) and seen.linear
+    costs = estimated(call, seen, groups) if method == "auto" else None
+    return Chooser(call.size, method, size, memory, costs, twice)
 
 
 def estimated(call: Call, seen: Seen | UnseenError, groups: Sequence[int]) -> Costs:
     """What the schedules cost for a call, from shapes alone."""
     forms = jax.eval_shape(lambda: factored(call, seen).forms)
     if not isinstance(seen, Seen):
-        return costs_of(call, forms, forms)
-    spots = seen.spots(groups).spots
-    return costs_of(call, forms, [form for k, form in enumerate(forms) if k not in spots])
+        return costs_of(call, forms, forms, forms)
+    weighed = seen.alone(groups, set(range(len(groups)))).spots
+    measured = seen.spots(groups).spots
+    return costs_of(
+        call,
+        forms,
+        [form for k, form in enumerate(forms) if k not in weighed],
+        [form for k, form in enumerate(forms) if k not in measured],
+    )
 
 
-def _goes_back_twice(seen: Seen | UnseenError) -> bool:
-    return isinstance(seen, Seen) and seen.linear
-
-
-def best_size(examples: int, costs: Costs) -> int | None:
-    """As many examples at a time as `Costs.parts` asks for, or a few less; None for all."""
-    parts = costs.parts()
+def best_size(examples: int, parts: int) -> int | None:
+    """As many examples at a time as make so many parts, or a few less; None for all."""
     sizes = [d for d in range(1, examples + 1) if examples % d == 0 and d * parts <= examples]
     if parts == 1 or not sizes or 4 * sizes[-1] * parts < examples:
         return None
@@ -64,9 +127,18 @@ def best_size(examples: int, costs: Costs) -> int | None:
 
 
 def in_parts(
-    part: Callable[[Tree], tuple[Tree, Tree]], inputs: Tree, examples: int, choice: Choice
+    whole: Part, inputs: Tree, chooser: Chooser, part: Part | None = None
 ) -> tuple[Tree, Tree]:
-    """`part(inputs) -> (sums, each)`, from as many examples at a time as was chosen."""
-    if choice.size is None or choice.size == examples:
-        return part(inputs)
-    return accumulated(jax.jit(part), inputs, choice.size)  # traced once
+    """`whole(method, inputs) -> (sums, each)`, or so from as many examples at a time as is best.
+
+    `part` is then what takes them.
+    """
+
+    def run(choice: Choice) -> Callable[[Tree], tuple[Tree, Tree]]:
+        size = choice.size
+        if size is None or size == chooser.examples:
+            return functools.partial(whole, choice.method)
+        run = jax.jit(functools.partial(part or whole, choice.method))  # traced once
+        return lambda inputs: accumulated(run, inputs, size)
+
+    return by_rates(chooser.choose, run, inputs)

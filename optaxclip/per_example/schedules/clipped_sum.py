@@ -1,6 +1,7 @@
 """The sum of clipped per-example gradients of one call, in micro-batches if asked."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from optaxclip.per_example.engine.arguments import Call
 from optaxclip.per_example.forms.forms import zero_like
 from optaxclip.per_example.forms.incoming import Incoming, total
 from optaxclip.per_example.forms.trees import materialize
-from optaxclip.per_example.schedules.choice import Choice, choose, in_parts
+from optaxclip.per_example.schedules.choice import Chooser, Part, chooser, in_parts
 from optaxclip.per_example.schedules.costs import Method
 from optaxclip.per_example.schedules.factored import see, stacked
 from optaxclip.per_example.schedules.weighed import Weighed, Weighing, from_forms, weighed
@@ -45,21 +46,21 @@ class Clipping:
     nan_safe: bool
     dtype: Any
     method: Method | Literal["auto"]
+    memory: float | None
 
     def of_batch(self, call: Call, padding: jax.Array | None, size: int | None) -> Clipped:
         """The clipped sum, from micro-batches of `size` examples; `padding` [B] counts as zero."""
         if self.transform is None:
-            part, like, chosen = self._plain(call, size)
+            part, like, how = self._plain(call, size)
         else:
             part, like = self._transformed(call, self.transform)
-            chosen = Choice("vmap", size)
-        if chosen.size is not None and padding is not None:
-            part = _unless_padding(part)
-        sums, found = in_parts(part, (call.batch, padding), call.size, chosen)
+            how = Chooser(call.size, "vmap", size)
+        of_some = part if padding is None else _unless_padding(part)
+        sums, found = in_parts(part, (call.batch, padding), how, of_some)
         return found._replace(sums=self._as_asked(sums, like))
 
-    def _plain(self, call: Call, size: int | None) -> tuple[Callable, Tree, Choice]:
-        """What one part gives, the tree that its sums are like, and the schedule."""
+    def _plain(self, call: Call, size: int | None) -> tuple[Part, Tree, Chooser]:
+        """What one part gives, the tree that its sums are like, and how a schedule is chosen."""
         seen = see(call)
         like = call.like_params(list(map(_type, call.params)), _type_of_zero)
         numbers = call.like_params([*range(len(call.params))], lambda leaf: -1)
@@ -67,19 +68,19 @@ class Clipping:
         groups, bounds = self._groups(like)
         of_param = [groups[numbers.index(k)] for k in range(len(call.params))]
         wanted: Any = "auto" if size is None and call.spmd_axis_name is None else size
-        chosen = choose(call, seen, of_param, self.method, wanted)
+        how = chooser(call, seen, of_param, self.method, wanted, self.memory)
 
-        def part(inputs: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Clipped]:
+        def part(method: Method, inputs: Any) -> tuple[list[jax.Array], Clipped]:
             batch, padding = inputs
             some = dataclasses.replace(call, batch=batch)
-            found = weighed(some, seen, chosen.method, self._how(of_param, bounds, padding))
+            found = weighed(some, seen, method, self._how(of_param, bounds, padding))
             zeros = [zero_like(x, 1).weighted_sum(jnp.zeros(1)) for x in leaves]
             sums = [zeros[i] if k < 0 else found.sums[k] for i, k in enumerate(numbers)]
             return sums, Clipped((), found.losses, _norms(found, some.size), found.aux)
 
-        return part, like, chosen
+        return part, like, how
 
-    def _transformed(self, call: Call, transform: Callable) -> tuple[Callable, Tree]:
+    def _transformed(self, call: Call, transform: Callable) -> tuple[Part, Tree]:
         """The same from stacked gradients that go through a function first."""
 
         def gradients(batch: list[jax.Array]) -> tuple[Any, Tree]:
@@ -88,7 +89,7 @@ class Clipping:
             grads = call.like_params(found.forms, lambda leaf: zero_like(leaf, some.size))
             return found, grads
 
-        def part(inputs: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], Clipped]:
+        def part(method: Method, inputs: Any) -> tuple[list[jax.Array], Clipped]:
             batch, padding = inputs
             found, grads = gradients(batch)
             moved = Incoming.of(jax.vmap(transform)(materialize(grads)))
@@ -169,12 +170,12 @@ def _norms(found: Weighed, size: int) -> jax.Array:
     return root(total([jnp.sum(x.reshape(size, -1), axis=1) for x in by_group], size))
 
 
-def _unless_padding(part: Callable) -> Callable:
+def _unless_padding(part: Part) -> Part:
     """Zeros for a micro-batch of padding alone, without computing anything."""
 
-    def some(inputs: tuple[list[jax.Array], jax.Array]) -> Any:
+    def some(method: Method, inputs: tuple[list[jax.Array], jax.Array]) -> Any:
         batch, padding = inputs
-        run = jax.jit(part)  # traced once
+        run = jax.jit(functools.partial(part, method))  # traced once
         shapes = jax.eval_shape(run, inputs)
 
         def alike(found: Any) -> Any:

@@ -1,30 +1,29 @@
 """What the schedules cost, estimated from shapes."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip.measure.platforms import Rates
 from optaxclip.per_example.engine.arguments import Call
 from optaxclip.per_example.forms.forms import Form, terms_of_norm
-from optaxclip.per_example.schedules.flops import flops
+from optaxclip.per_example.schedules.flops import flops, flops_of
+from optaxclip.per_example.schedules.microbatches import are_written_out, convolves
 
 Method = Literal["one_pass", "two_pass", "vmap"]
 
-# A stacked gradient is written once and read twice: for its norm and for the sum.
+# A stacked gradient is written once and read twice: for its norm and for the sum. So is a total of
+# micro-batches: read and written, with the sum of a part.
 _TRAVELS = 3
-# Operations that take as long as moving one byte. Measured on 2 CPU cores, time over that of the
-# plain gradient, one pass | vmap: MLP B=256 0.9 | 54; LM B=32 T=64 0.75 | 0.87; B=16 T=128 0.78 |
-# 0.75; B=8 T=256 0.86 | 0.71; B=2 T=512 0.93 | 0.71; CNN B=64 1.25 | 1.26. With 10 the estimate
-# takes the faster one in each.
-_FLOPS_PER_BYTE = 10
-# Batches that hold less than this are taken whole.
-_WORTH_CUTTING = 2**24
-# How much more than a plain backward pass one pass may hold.
-_TOO_MUCH = 2
+# The pass back takes twice the operations of the pass forward; two passes go back once more, but
+# take no weight gradients the first time.
+_OF_FORWARD = 3
+_SECOND_BACK = 2
+# What a batch may hold without counting: caches and heaps are this large.
+_FREE_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,73 +32,75 @@ class Costs:
 
     parameter_bytes: int
     factor_bytes: int
-    """Held by the forms."""
+    """Of the forms of all gradients, as `per_example_grad` returns them."""
     stacked_bytes: int
     """Held by the gradients of all examples."""
     residual_bytes: int
     """Held by a plain gradient between its forward and its backward pass."""
     norm_flops: int
     """Of the norms, from the forms."""
-    held_bytes: int = 0
-    """Held by two passes: the forms of what cannot be measured where it is used."""
+    held_by_one: int = 0
+    """By one pass: the forms of what cannot be weighed where it is used."""
+    held_by_two: int = 0
+    """By two passes: the forms of what cannot be measured where it is used."""
+    forward_flops: int = 0
+    convolves: bool = False
+    """Whether few micro-batches are written out, not looped over."""
 
     @property
-    def method(self) -> Method:
-        """The schedule to take: the faster, or if that holds too much, the one that holds less.
+    def plain_bytes(self) -> int:
+        """Held by a plain gradient."""
+        return max(self.parameter_bytes, self.residual_bytes)
 
-        A plain gradient's work is common to both. What one pass adds are the norms of the forms,
-        what stacking adds is moving B gradients.
-        """
-        held: dict[Method, int] = {"one_pass": self.factor_bytes, "vmap": self.stacked_bytes}
-        moving = _TRAVELS * _FLOPS_PER_BYTE * self.stacked_bytes
-        faster: Method = "vmap" if moving < self.norm_flops else "one_pass"
-        return min(held, key=held.__getitem__) if held[faster] > self._most else faster
-
-    @property
-    def whole(self) -> Method:
-        """The schedule for a batch that is not to be cut.
-
-        Two passes go back twice: 1.8 times the cycles of a plain gradient, by the TPU compiler, of
-        a language model. So they are taken where all else holds too much.
-        """
-        held = self.factor_bytes if self.method == "one_pass" else self.stacked_bytes
-        return "two_pass" if held > self._most and self.held_bytes < held else self.method
-
-    @property
-    def _most(self) -> int:
-        return _TOO_MUCH * (self.parameter_bytes + self.residual_bytes)
-
-    def parts(self, times: int = 1) -> int:
-        """Into how many micro-batches to cut a batch of `times` as many examples.
-
-        In two, or more if that brings what is held down to what a plain gradient holds. Measured
-        on 2 CPU cores, time (and memory) over those of the plain gradient, whole and in two: LM
-        B=32 T=64 0.91 (1.05), 0.83 (0.53); CNN B=64 1.03 (1.9), 0.78 (1.0); LSTM B=64 1.43 (1.4),
-        1.10 (0.8). Each part adds a sum like the parameters to a total, so that large parameters
-        are not worth it.
-        """
-        held = times * (self.factor_bytes if self.method == "one_pass" else self.stacked_bytes)
-        # Parameters are residuals too, and no more of them with more examples.
+    def memory(self, method: Method, parts: int, rates: Rates) -> int:
+        """Held by a schedule that takes the batch in so many parts."""
+        held = {"one_pass": self.held_by_one, "vmap": self.stacked_bytes}
+        # Parameters are residuals too, and no fewer of them with fewer examples.
         shared = min(self.parameter_bytes, self.residual_bytes)
-        plain = shared + times * (self.residual_bytes - shared)
-        if held + plain < max(_WORTH_CUTTING, 8 * self.parameter_bytes):
-            return 1
-        return max(2, math.ceil(held / max(plain, 1)))
+        of_examples = self.residual_bytes - shared + held.get(method, self.held_by_two)
+        if parts > 1:
+            shared += self.parameter_bytes  # the total
+        if not rates.written_out_waits and are_written_out(self.convolves, parts):
+            parts = 1
+        return shared + of_examples // parts
+
+    def work(self, method: Method, parts: int, rates: Rates) -> int:
+        """Operations, and bytes as so many operations, beyond those of a plain gradient."""
+        moved = self.stacked_bytes if method == "vmap" else 0
+        moved += parts * self.parameter_bytes if parts > 1 else 0
+        held = max(0, self.memory(method, parts, rates) - _FREE_BYTES)
+        found = rates.moving * _TRAVELS * moved + rates.holding * held
+        if method == "two_pass":
+            found += _SECOND_BACK * self.forward_flops
+        return found + (0 if method == "vmap" else self.norm_flops)
+
+    def fits(self, method: Method, parts: int, rates: Rates, memory: float) -> bool:
+        """Whether it holds at most `memory` times what a plain gradient holds, or next to nothing.
+
+        An `int` is bytes.
+        """
+        held = self.memory(method, parts, rates)
+        if isinstance(memory, int):
+            return held <= memory
+        return held <= max(memory * self.plain_bytes, _FREE_BYTES, 2 * self.parameter_bytes)
 
 
-def costs_of(call: Call, forms: Sequence[Form], held: Sequence[Form] = ()) -> Costs:
-    """Costs of a call whose per-example gradients are `forms` (shapes will do).
-
-    Two passes hold those in `held`.
-    """
+def costs_of(
+    call: Call, forms: Sequence[Form], held_by_one: Sequence[Form], held_by_two: Sequence[Form]
+) -> Costs:
+    """Costs of a call whose per-example gradients are `forms` (shapes will do)."""
     parameter_bytes = bytes_of(call.params)
+    forward, residuals = jax.make_jaxpr(_pullback(call), return_shape=True)(call.params, call.batch)
     return Costs(
         parameter_bytes=parameter_bytes,
         factor_bytes=bytes_of(list(forms)),
         stacked_bytes=call.size * parameter_bytes,
-        residual_bytes=bytes_of(jax.eval_shape(_pullback(call), call.params, call.batch)),
+        residual_bytes=bytes_of(residuals),
         norm_flops=_norm_flops(forms),
-        held_bytes=bytes_of(list(held)),
+        held_by_one=bytes_of(list(held_by_one)),
+        held_by_two=bytes_of(list(held_by_two)),
+        forward_flops=flops_of(forward),
+        convolves=convolves(forward),
     )
 
 

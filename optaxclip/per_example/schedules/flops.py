@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._compat import JaxprEqn
+from optaxclip._compat import JaxprEqn, Primitive
 from optaxclip._compat import primitives as P  # noqa: N812
 
 # They move numbers and compute none.
@@ -27,22 +27,23 @@ def flops(fun: Callable, *args: Any) -> int:
     its input or output, whichever is larger. Of a `while` one turn is counted, of a `cond` the
     dearest branch.
     """
-    return _of_jaxpr(jax.make_jaxpr(fun)(*args).jaxpr)
+    return flops_of(jax.make_jaxpr(fun)(*args))
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
+def flops_of(jaxpr: Any, only: Primitive | None = None) -> int:
+    """Operations of a jaxpr, or of one primitive in it."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(map(_of_equation, jaxpr.eqns))
+    return sum(_of_equation(eqn, only) for eqn in jaxpr.eqns)
 
 
-def _of_equation(eqn: JaxprEqn) -> int:
+def _of_equation(eqn: JaxprEqn, only: Primitive | None) -> int:
     params = eqn.params
     if "branches" in params:
-        return max(map(_of_jaxpr, params["branches"]))
+        return max(flops_of(branch, only) for branch in params["branches"])
     for name in _BODIES:
         if hasattr(params.get(name), "eqns"):
-            return params.get("length", 1) * _of_jaxpr(params[name])
-    if eqn.primitive in _MOVING:
+            return params.get("length", 1) * flops_of(params[name], only)
+    if eqn.primitive in _MOVING or (only is not None and eqn.primitive is not only):
         return 0
     outputs, inputs = ([_size(v) for v in vs] for vs in (eqn.outvars, eqn.invars))
     if eqn.primitive is P.dot_general_p:
