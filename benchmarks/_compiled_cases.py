@@ -34,6 +34,7 @@ OURS: dict[str, Callable[..., Any]] = {
     "rms": lambda: optaxclip.clip_by_leaf_rms(0.5),
     "unit": lambda **on: optaxclip.clip_by_unit_norm(1.0, **on),
     "agc": lambda **on: optaxclip.agc(0.01, **on),
+    "clippy": optaxclip.clippy,
     "soft": lambda: optaxclip.soft_clip(1.0),
     "zclip": optaxclip.zclip,
     "adagc": optaxclip.adagc,

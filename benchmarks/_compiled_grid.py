@@ -10,6 +10,7 @@ COUNTERPARTS = {
     "rms": "clip_by_block_rms",
     "unit": "adaptive_grad_clip",
     "agc": "adaptive_grad_clip",
+    "clippy": "clip_by_block_rms",
     "soft": "clip_by_global_norm",
     "zclip": "clip_by_global_norm",
     "adagc": "clip_by_block_rms",

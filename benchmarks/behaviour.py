@@ -32,6 +32,7 @@ FIXED: dict[str, Callable[[], Any]] = {
     "clip_by_unit_norm": lambda: optaxclip.clip_by_unit_norm(BOUND),
     "clip_by_group_norm": lambda: optaxclip.clip_by_group_norm(BOUND, "all"),
     "agc": lambda: optaxclip.agc(0.01),
+    "clippy": lambda: optaxclip.clippy(0.01, absolute=0.0),
     "soft_clip": lambda: optaxclip.soft_clip(BOUND),
     "normalize": lambda: optaxclip.normalize(LEVEL),
     "clip_singular_values": lambda: optaxclip.clip_singular_values(BOUND),

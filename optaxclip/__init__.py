@@ -20,6 +20,7 @@ from optaxclip.clippers.given import clip_by_leaf_norm as clip_by_leaf_norm
 from optaxclip.clippers.given import clip_by_leaf_rms as clip_by_leaf_rms
 from optaxclip.clippers.given import clip_by_unit_norm as clip_by_unit_norm
 from optaxclip.clippers.given import clip_by_value as clip_by_value
+from optaxclip.clippers.given import clippy as clippy
 from optaxclip.clippers.given import normalize as normalize
 from optaxclip.clippers.given import soft_clip as soft_clip
 from optaxclip.clippers.learned import adagc as adagc

@@ -72,8 +72,8 @@ def clip_by(
     Args:
       norm: a `Norm`, or its `by`: `"global"`, `"leaf"`, `"unit"`, `"element"`.
       threshold: c >= 0, in the units of the norm: a number, a scalar array (traced too), a schedule
-        `count -> bound`, a tree prefix of these (a dict by label for groups), a `Threshold`, or for
-        elements an `ElementThreshold` (statistics then count in bounds).
+        `count -> bound`, a tree prefix of these (a dict by label for groups), a `Threshold`, or an
+        `ElementThreshold`: then n is the norm of `g_i / c_i` and its bound 1, also in statistics.
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
       nonfinite: `"propagate"` or `"zero"`, see below. To drop the whole step use `skip_nonfinite`.
@@ -135,32 +135,30 @@ def clip_by(
         norms = measured.measure(leaves, groups) if stats else [jnp.zeros(groups.size)]
         context = Context(state.stats.count, measured, groups, leaves, params, extra_args)
         found, threshold_state = limit.bound(groups.vector(norms), state.threshold_state, context)
-        if isinstance(found, ElementBounds) and measured.by != "element":
-            raise ValueError(
-                f"bounds of elements go with an element norm, got {measured.by!r}. Pass"
-                ' "element" as the norm.'
-            )
         settings: dict[str, Any] = {
             "response": answer, "nonfinite": nonfinite, "groups": groups, "recorded": bool(stats)
         }  # fmt: skip
-        if not isinstance(found, ElementBounds):
-            found = groups.blocks_of(found)
+        by_element = isinstance(found, ElementBounds) and measured.by == "element"
+        in_bounds = norms
+        if isinstance(found, ElementBounds) and stats:
+            # Each element has its own unit here, so that norms are in bounds.
+            ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, found))
+            in_bounds = measured.measure(ratios, groups, nan=not by_element)
+            in_bounds = list(map(_finite_where, norms, in_bounds))
+        if isinstance(found, ElementBounds) and by_element:
+            clipped, new_stats = _clipped_one_by_one(
+                leaves.arrays, norms, found, in_bounds, state.stats, **settings
+            )
+        else:
+            one = jnp.ones((), norms[0].dtype)
+            bounds = groups.blocks_of(one if isinstance(found, ElementBounds) else found)
             clipped, new_stats = _clipped(
                 leaves.arrays,
-                norms,
-                found,
+                in_bounds,
+                bounds,
                 state.stats,
                 elements=measured.by == "element",
                 **settings,
-            )
-        else:
-            in_bounds = norms
-            if stats:
-                # Each element has its own unit here, so that statistics are in bounds.
-                ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, found))
-                in_bounds = measured.measure(ratios, groups, nan=False)
-            clipped, new_stats = _clipped_one_by_one(
-                leaves.arrays, norms, found, in_bounds, state.stats, **settings
             )
         return leaves.replace(clipped), ClipState(state.name, new_stats, threshold_state)
 
@@ -282,7 +280,7 @@ def _clipped_one_by_one(
     def after(norm: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
         return answered(norm, bound, response=response, nonfinite=nonfinite, elements=True)
 
-    return clipped, record(stats, groups, [_finite_where(*norms, *ratios)], one, after)
+    return clipped, record(stats, groups, ratios, one, after)
 
 
 def scale_leaf(x: jax.Array, norm: jax.Array, factor: jax.Array, nonfinite: NonFinite) -> jax.Array:
@@ -345,9 +343,11 @@ def _in_bounds(arrays: list[jax.Array], found: ElementBounds) -> list[jax.Array]
 
 
 def _inverse(x: jax.Array) -> jax.Array:
-    return 1 / jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+    """`1 / x`, and for 0 the largest float: 0 times it is 0, and all else far beyond the bound."""
+    info = jnp.finfo(x.dtype)
+    return jnp.where(x < info.tiny, info.max, 1 / jnp.maximum(x, info.tiny))
 
 
 def _finite_where(norms: jax.Array, ratios: jax.Array) -> jax.Array:
-    """The largest ratios of leaves whose largest elements are `norms`: finite where those are."""
+    """Norms in bounds of what has the norms `norms`: finite where those are."""
     return jnp.where(jnp.isfinite(norms), jnp.minimum(ratios, jnp.finfo(ratios.dtype).max), norms)

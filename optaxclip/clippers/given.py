@@ -5,6 +5,7 @@ from the types by default) and `name=` (for `clip_stats`); see `clip_by` and `No
 guarantees and edge cases hold for each.
 """
 
+import math
 from typing import Any
 
 from optaxclip._leaves import LeafFn, Tree
@@ -12,7 +13,7 @@ from optaxclip.clipping import NonFinite, Transform, clip_by
 from optaxclip.measure.norms import L2, AxisName, Norm
 from optaxclip.measure.units import UnitAxes
 from optaxclip.responses import Normalize, Rescale, Soften, SoftShape
-from optaxclip.thresholds.given import ParamNorm, as_threshold
+from optaxclip.thresholds.given import ParamElements, ParamNorm, as_threshold
 
 
 def clip_by_value(
@@ -337,6 +338,58 @@ def agc(
         ParamNorm(clipping, eps),
         nonfinite=nonfinite,
         name=name or "agc",
+    )
+
+
+def clippy(
+    ratio: Any = 0.1,
+    *,
+    absolute: Any = 1e-7,
+    exclude: LeafFn | None = None,
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Scales each leaf until no element moves far relative to its parameter.
+
+    With an update u and parameters w, each leaf is multiplied by the largest number of at most 1
+    for which `|u_i| <= ratio |w_i| + absolute` holds for all its elements.
+
+    Args:
+      ratio: how far an element may move relative to its parameter: a number >= 0, a traced scalar
+        or a schedule. 0.1 and 1e-7 are the defaults of keras-rs, 0.5 and 1e-2 those of the paper.
+      absolute: how far one may move whatever its parameter, >= 0, in units of the parameters.
+      exclude: `(path, leaf) -> bool`; true for leaves to be left as they are.
+      nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation whose `update` needs `params`; it bounds updates, so chain it
+      last. Statistics count in bounds: `pre_clip_norm` is the largest `|u_i| / c_i` of any element.
+
+    Raises:
+      ValueError: ratio or absolute negative or NaN; params missing or not like the updates.
+
+    Edge cases:
+      | a parameter at 0 that moves | holds its whole leaf to `absolute`: biases that start at |
+      | | zero hardly move at 1e-7; raise it, or exclude them |
+      | c_i = 0, u_i = 0 | no limit to the others; c_i = 0 alone makes the leaf 0 |
+      | NaN, infinity | as in `clip_by_leaf_norm`; a parameter that is NaN makes its leaf NaN |
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optax.sgd(1.0), optaxclip.clippy(0.1, absolute=0.0))
+      >>> params = {"w": jnp.array([1.0, -2.0])}
+      >>> print(tx.update({"w": jnp.array([0.4, 0.4])}, tx.init(params), params)[0]["w"])
+      [-0.1 -0.1]
+
+    Source: Tang et al. (Clippy), arXiv 2302.09178; `shrink_by_references` of keras-rs, without the
+    term of Adagrad's accumulator (0 there by default).
+    """
+    return clip_by(
+        Norm("leaf", math.inf, exclude=exclude, axis_name=axis_name),
+        ParamElements(ratio, absolute),
+        nonfinite=nonfinite,
+        name=name or "clippy",
     )
 
 

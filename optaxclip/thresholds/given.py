@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_bound
 from optaxclip._leaves import Leaves, Tree, first_difference, place
+from optaxclip._numerics import accumulator
 from optaxclip.measure.groups import Blocks, Groups
 from optaxclip.measure.norms import Norm
 
@@ -67,7 +68,11 @@ class ElementBounds:
 
 @runtime_checkable
 class ElementThreshold(Protocol):
-    """Where bounds come from that differ from element to element; for `by="element"`."""
+    """Where bounds come from that differ from element to element.
+
+    With `by="element"` each element is held to its own; otherwise what is bounded, by 1, is the
+    norm of `g_i / c_i`.
+    """
 
     def init(self, norm: Norm, params: Tree) -> Tree:
         """As in `Threshold`."""
@@ -184,31 +189,63 @@ class ParamNorm:
         return ()
 
     def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
-        if context.params is None:
-            raise ValueError(
-                "a bound relative to the parameters needs params, got None. Call"
-                " tx.update(grads, state, params)."
-            )
-        updates = context.updates
-        # A whole Equinox model holds functions, and perhaps arrays that are not trained.
-        arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, context.params)
-        params = context.norm.leaves(arrays)
-        if set(updates.paths) < set(params.paths):
-            params = params.among(updates.paths)
-        shapes = [x.shape for x in params.arrays]
-        if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
-            where = "in params", "in updates"
-            raise ValueError(
-                "params and updates must have the same leaves, got"
-                f" {first_difference(params.named, updates.named, where)}. Pass the parameters the"
-                " gradient was taken for."
-            )
-
+        params = _params_of(context)
         ratio = jnp.asarray(self.ratio(context.count) if callable(self.ratio) else self.ratio)
         eps = jnp.asarray(self.eps)
         sizes = context.norm.measure(params, context.groups)
         bounds = [ratio.astype(norms.dtype) * _at_least(x, eps).astype(norms.dtype) for x in sizes]
         return bounds if context.groups.has_units else bounds[0], state
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamElements:
+    """`ratio |w_i| + absolute`: a bound for each element (arXiv 2302.09178)."""
+
+    ratio: Any
+    absolute: Any = 1e-7
+
+    def __post_init__(self) -> None:
+        check_bound(self.ratio, "ratio")
+        check_bound(self.absolute, "absolute", schedule=False)
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        del norm, params
+        return ()
+
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[ElementBounds, Tree]:
+        del norms
+        ratio = jnp.asarray(self.ratio(context.count) if callable(self.ratio) else self.ratio)
+        absolute = jnp.asarray(self.absolute)
+
+        def one(w: jax.Array) -> jax.Array:
+            dtype = accumulator(w.dtype)
+            return jnp.abs(w).astype(dtype) * ratio.astype(dtype) + absolute.astype(dtype)
+
+        return ElementBounds(list(map(one, _params_of(context).arrays))), state
+
+
+def _params_of(context: Context) -> Leaves:
+    """The parameters of the updates. Raises where there are none, or others."""
+    if context.params is None:
+        raise ValueError(
+            "a bound relative to the parameters needs params, got None. Call"
+            " tx.update(grads, state, params)."
+        )
+    updates = context.updates
+    # A whole Equinox model holds functions, and perhaps arrays that are not trained.
+    arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, context.params)
+    params = context.norm.leaves(arrays)
+    if set(updates.paths) < set(params.paths):
+        params = params.among(updates.paths)
+    shapes = [x.shape for x in params.arrays]
+    if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
+        where = "in params", "in updates"
+        raise ValueError(
+            "params and updates must have the same leaves, got"
+            f" {first_difference(params.named, updates.named, where)}. Pass the parameters the"
+            " gradient was taken for."
+        )
+    return params
 
 
 def _at_least(x: jax.Array, least: jax.Array) -> jax.Array:

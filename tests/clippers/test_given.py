@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 from tools import quick
-from tools.oracles import assert_close, f64, unit_norms
+from tools.oracles import assert_close, assert_same_bits, f64, unit_norms
 from tools.oracles import norm as exact
 from tools.quick import quick_jit
 from tools.steps import first_steps
 
 import optaxclip
+from optaxclip.thresholds import ParamElements
 
 INF = float("inf")
 
@@ -172,6 +173,87 @@ def test_agc(grads, params):
         expected[k] = f64(g) * per_unit(factor)
     expected["conv"] = f64(grads["conv"])
     assert_close(updates, expected)
+
+
+def shrunk(update, param, relative=0.1, absolute=1e-7):
+    """The rule of Clippy, of one leaf."""
+    u, limit = f64(update), relative * np.abs(f64(param)) + absolute
+    scales = [c / np.abs(x) for x, c in np.broadcast(u, limit) if x != 0]
+    return u * min([1.0, *scales])
+
+
+def test_clippy_with_the_defaults_of_keras_and_those_of_the_paper(grads, params):
+    """Steps of which one leaf is far beyond its bounds, another within, and one has a zero."""
+    updates = {k: 0.02 * x for k, x in grads.items()} | {"scale": np.float32(1e-9)}
+    updates["dense"] = np.float32(1e-3) * params["dense"]
+    params = {**params, "conv": params["conv"].copy()}
+    params["conv"][0, 0, 0, 0] = 0.0
+    txs = [optaxclip.clippy(), optaxclip.clippy(0.5, absolute=1e-2)]
+    (ours, state), (papers, _) = first_steps(txs, updates, params)
+    assert_close(ours, {k: shrunk(x, params[k]) for k, x in updates.items()})
+    assert_close(papers, {k: shrunk(x, params[k], 0.5, 1e-2) for k, x in updates.items()})
+    assert_same_bits(
+        {k: ours[k] for k in ("dense", "scale")}, {k: updates[k] for k in ("dense", "scale")}
+    )
+    assert exact([ours["conv"]]) < 1e-5 * exact([updates["conv"]])
+    stats = optaxclip.clip_stats(state)["clippy"]
+    largest = np.max(np.abs(f64(updates["conv"])) / (0.1 * np.abs(f64(params["conv"])) + 1e-7))
+    assert stats.pre_clip_norm == pytest.approx(largest, rel=1e-6)
+    assert stats.threshold == 1
+
+
+def test_clippy_behind_adagrad_is_the_published_optimizer(grads, params):
+    """That of keras-rs with `use_standard_accumulator_update=True`, on three steps."""
+    steps = [{k: jnp.asarray((i + 1) * x) for k, x in grads.items()} for i in range(3)]
+    tx = optax.chain(optax.adagrad(0.05, eps=1e-7), optaxclip.clippy())
+
+    def run(params):
+        state = tx.init(params)
+        for g in steps:
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    found = quick.run(run, params)
+    for k, w in params.items():
+        w, total = f64(w), 0.1
+        for g in steps:
+            total = total + f64(g[k]) ** 2
+            w = w - shrunk(0.05 * f64(g[k]) / np.sqrt(total + 1e-7), w)
+        np.testing.assert_allclose(found[k], w, rtol=1e-6)
+
+
+def test_clippy_where_a_bound_is_zero_or_an_element_is_no_number():
+    w = {"a": np.float32([0, 1]), "b": np.float32([0, 1]), "c": np.float32([np.nan, 1])}
+    u = {"a": np.float32([0, 0.05]), "b": np.float32([1e30, 0.05]), "c": np.float32([1, 1])}
+    updates, state = first_steps(optaxclip.clippy(absolute=0.0), u, w)
+    np.testing.assert_array_equal(updates["a"], u["a"])
+    np.testing.assert_array_equal(updates["b"], [0, 0])
+    assert np.isnan(updates["c"]).all()
+    finite = {k: w[k] for k in "ab"}, {k: u[k] for k in "ab"}
+    _, state = first_steps(optaxclip.clippy(absolute=0.0), finite[1], finite[0])
+    assert optaxclip.clip_stats(state)["clippy"].nonfinite_count == 0
+    zeroed, _ = first_steps(
+        optaxclip.clippy(nonfinite="zero"), {"a": np.float32([np.inf, 1])}, {"a": w["a"]}
+    )
+    np.testing.assert_array_equal(zeroed["a"], [0, 0])
+
+
+@pytest.mark.parametrize("by", ["global", "leaf", "unit"])
+@pytest.mark.parametrize("ord", [1, 2, 3, INF, "rms"])
+def test_a_norm_in_units_of_bounds_of_elements(grads, params, by, ord):
+    """Any norm goes with bounds of elements: that of `g_i / c_i` is then at most 1."""
+    norm = optaxclip.Norm(by, ord)
+    updates = run(optaxclip.clip_by(norm, ParamElements(0.3, 0.1)), grads, params)
+    ratios = {k: f64(g) / (0.3 * np.abs(f64(params[k])) + 0.1) for k, g in grads.items()}
+    if by == "global":
+        factors = dict.fromkeys(grads, min(1, 1 / exact(ratios.values(), ord)))
+    elif by == "leaf":
+        factors = {k: min(1, 1 / exact([x], ord)) for k, x in ratios.items()}
+    else:
+        of_unit = {k: np.minimum(1, 1 / unit_norms(x, UNITS[k], ord)) for k, x in ratios.items()}
+        factors = {k: per_unit(f) for k, f in of_unit.items()}
+    assert_close(updates, scaled(grads, factors), rtol=2e-6)
 
 
 def test_normalize(grads):

@@ -70,6 +70,12 @@ CLIPPERS = {
     "group-one-bound": (optaxclip.clip_by_group_norm, 0.2, {"labels": by_name, "ord": 1.5}),
     "agc": (optaxclip.agc, 0.01, {}),
     "agc-exclude": (optaxclip.agc, 0.01, {"exclude": lambda path, leaf: path.endswith("bias")}),
+    "clippy": (optaxclip.clippy, 0.1, {"absolute": 0.0}),
+    "clippy-schedule": (
+        optaxclip.clippy,
+        optax.linear_schedule(0.5, 0.1, 2),
+        {"absolute": 1e-2, "nonfinite": "zero"},
+    ),
     "normalize": (optaxclip.normalize, 0.5, {}),
     "normalize-eps": (optaxclip.normalize, 0.5, {"eps": 1e-3, "ord": 1}),
     "soft-rational": (optaxclip.soft_clip, 0.5, {}),
