@@ -1,5 +1,6 @@
 """Gradient clipping for JAX: composable, float32-safe, shard-aware Optax transformations."""
 
+from optaxclip import activations as activations
 from optaxclip import checkpoints as checkpoints
 from optaxclip import clipping as clipping
 from optaxclip import losses as losses
@@ -11,6 +12,7 @@ from optaxclip import selection as selection
 from optaxclip import testing as testing
 from optaxclip import thresholds as thresholds
 from optaxclip import wrappers as wrappers
+from optaxclip.activations import clip_backward as clip_backward
 from optaxclip.clippers.elements import adaclip as adaclip
 from optaxclip.clippers.elements import spam_clip as spam_clip
 from optaxclip.clippers.given import agc as agc

@@ -12,6 +12,7 @@ from optaxclip.thresholds.given import Context as Context
 from optaxclip.thresholds.given import ElementBounds as ElementBounds
 from optaxclip.thresholds.given import ElementThreshold as ElementThreshold
 from optaxclip.thresholds.given import Given as Given
+from optaxclip.thresholds.given import LargestBut as LargestBut
 from optaxclip.thresholds.given import ParamElements as ParamElements
 from optaxclip.thresholds.given import ParamNorm as ParamNorm
 from optaxclip.thresholds.given import Passed as Passed

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from optaxclip._arguments import check_bound
+from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Leaves, Tree, first_difference, place
 from optaxclip._numerics import accumulator
 from optaxclip.measure.groups import Blocks, Groups
@@ -222,6 +222,36 @@ class ParamElements:
             return jnp.abs(w).astype(dtype) * ratio.astype(dtype) + absolute.astype(dtype)
 
         return ElementBounds(list(map(one, _params_of(context).arrays))), state
+
+
+@dataclasses.dataclass(frozen=True)
+class LargestBut:
+    """The largest norm of the step but for the `k` largest: `"drop"` removes those.
+
+    Of tokens in `clip_backward`, or of units. Norms as large as it stay.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_count(self.k, "k")
+
+    def init(self, norm: Norm, params: Tree) -> Tree:
+        size = norm.groups(norm.leaves(params)).size
+        if size <= self.k:
+            raise ValueError(
+                f"k must be less than the number of norms, got {self.k} of {size}. Pass less, or"
+                " more axes to keep apart."
+            )
+        return ()
+
+    def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
+        if norms.ndim > 1:
+            raise ValueError(
+                f"LargestBut is of groups, got {norms.shape[-1]} examples. Use"
+                " per_example.trim_by_norm to drop the largest examples."
+            )
+        return jax.lax.stop_gradient(jax.lax.top_k(norms, self.k + 1)[0][-1]), state
 
 
 def _params_of(context: Context) -> Leaves:
