@@ -13,6 +13,10 @@ from optaxclip import testing as testing
 from optaxclip import thresholds as thresholds
 from optaxclip import wrappers as wrappers
 from optaxclip.activations import clip_backward as clip_backward
+from optaxclip.clippers.attention import attention_heads as attention_heads
+from optaxclip.clippers.attention import latent_attention_heads as latent_attention_heads
+from optaxclip.clippers.attention import qk_clip as qk_clip
+from optaxclip.clippers.attention import qk_clip_params as qk_clip_params
 from optaxclip.clippers.elements import adaclip as adaclip
 from optaxclip.clippers.elements import spam_clip as spam_clip
 from optaxclip.clippers.given import agc as agc

@@ -7,4 +7,5 @@ What other rooms import, and no more:
 * `learned`: `adagc`, `autoclip`, `clip_by_history`, `clip_by_quantile`, `zclip`
 * `elements`: `adaclip`, `spam_clip`
 * `singular_values`: `clip_singular_values`
+* `attention`: `attention_heads`, `latent_attention_heads`, `qk_clip`, `qk_clip_params`
 """

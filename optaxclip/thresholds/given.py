@@ -189,7 +189,7 @@ class ParamNorm:
         return ()
 
     def bound(self, norms: jax.Array, state: Tree, context: Context) -> tuple[Bounds, Tree]:
-        params = _params_of(context)
+        params = params_of(context.updates, context.params, context.norm)
         ratio = jnp.asarray(self.ratio(context.count) if callable(self.ratio) else self.ratio)
         eps = jnp.asarray(self.eps)
         sizes = context.norm.measure(params, context.groups)
@@ -221,7 +221,8 @@ class ParamElements:
             dtype = accumulator(w.dtype)
             return jnp.abs(w).astype(dtype) * ratio.astype(dtype) + absolute.astype(dtype)
 
-        return ElementBounds(list(map(one, _params_of(context).arrays))), state
+        params = params_of(context.updates, context.params, context.norm)
+        return ElementBounds(list(map(one, params.arrays))), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,28 +255,27 @@ class LargestBut:
         return jax.lax.stop_gradient(jax.lax.top_k(norms, self.k + 1)[0][-1]), state
 
 
-def _params_of(context: Context) -> Leaves:
+def params_of(updates: Leaves, params: Tree | None, norm: Norm) -> Leaves:
     """The parameters of the updates. Raises where there are none, or others."""
-    if context.params is None:
+    if params is None:
         raise ValueError(
             "a bound relative to the parameters needs params, got None. Call"
             " tx.update(grads, state, params)."
         )
-    updates = context.updates
     # A whole Equinox model holds functions, and perhaps arrays that are not trained.
-    arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, context.params)
-    params = context.norm.leaves(arrays)
-    if set(updates.paths) < set(params.paths):
-        params = params.among(updates.paths)
-    shapes = [x.shape for x in params.arrays]
-    if params.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
+    arrays = jax.tree.map(lambda x: x if hasattr(x, "dtype") else None, params)
+    found = norm.leaves(arrays)
+    if set(updates.paths) < set(found.paths):
+        found = found.among(updates.paths)
+    shapes = [x.shape for x in found.arrays]
+    if found.paths != updates.paths or shapes != [x.shape for x in updates.arrays]:
         where = "in params", "in updates"
         raise ValueError(
             "params and updates must have the same leaves, got"
-            f" {first_difference(params.named, updates.named, where)}. Pass the parameters the"
+            f" {first_difference(found.named, updates.named, where)}. Pass the parameters the"
             " gradient was taken for."
         )
-    return params
+    return found
 
 
 def _at_least(x: jax.Array, least: jax.Array) -> jax.Array:

@@ -77,6 +77,21 @@ def test_driving_needs_clipping(tmp_path):
     assert (tmp_path / "driving.png").read_bytes().startswith(PNG)
 
 
+def test_qk_clip_holds_logits_that_explode(tmp_path):
+    done = succeeded(run("qk_clip.py", "--quick", "--out", tmp_path))
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    calm, calm_clipped, bare, clipped = found
+    assert [row["rate"] for row in found] == [0.02, 0.02, 0.1, 0.1]
+    assert [row["qk_clip"] for row in found] == [False, True, False, True]
+    assert calm["clipped"] == calm_clipped["clipped"] == 0
+    assert calm["loss"] == calm_clipped["loss"]
+    assert bare["logit"] > 400
+    assert clipped["most"] < 200
+    assert clipped["clipped"] > 0.3
+    assert "4 runs" in done.stdout
+    assert (tmp_path / "qk_clip.png").read_bytes().startswith(PNG)
+
+
 def test_dp_sgd_prints_epsilon_delta_and_accuracy(tmp_path):
     picture = tmp_path / "made" / "dp_sgd.png"
     done = succeeded(run("dp_sgd.py", "--steps", "60", "--print-every", "30", "--plot", picture))
