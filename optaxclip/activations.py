@@ -47,8 +47,8 @@ def clip_backward(
     Edge cases:
       | under `jax.vmap` | each example has a norm of its own |
       | in a scan | each step's gradient is clipped, before it reaches the step in front |
-      | x is used twice | what comes back from both uses is added up first, then clipped |
-      | in `per_example_grad` | exact; in a loop, on a parameter, gradients are stacked |
+      | the result is used twice | what comes back from both uses is added up, then clipped |
+      | in `per_example_grad` | exact; those of a parameter clipped itself are stacked |
       | inside `jax.shard_map` | the norm of what the device holds: nothing is communicated |
       | zero, NaN, infinity | as in `clip_by` |
       | integer, float0, None and empty leaves | pass through |

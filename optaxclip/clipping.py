@@ -144,7 +144,7 @@ def clip_by(
             # Each element has its own unit here, so that norms are in bounds.
             ratios = dataclasses.replace(leaves, arrays=_in_bounds(leaves.arrays, found))
             in_bounds = measured.measure(ratios, groups, nan=not by_element)
-            in_bounds = list(map(_finite_where, norms, in_bounds))
+            in_bounds = _finite_where(norms, in_bounds)
         if isinstance(found, ElementBounds) and by_element:
             clipped, new_stats = _clipped_one_by_one(
                 leaves.arrays, norms, found, in_bounds, state.stats, **settings
@@ -348,6 +348,11 @@ def _inverse(x: jax.Array) -> jax.Array:
     return jnp.where(x < info.tiny, info.max, 1 / jnp.maximum(x, info.tiny))
 
 
-def _finite_where(norms: jax.Array, ratios: jax.Array) -> jax.Array:
+@once_compiled
+def _finite_where(norms: Blocks, ratios: Blocks) -> Blocks:
     """Norms in bounds of what has the norms `norms`: finite where those are."""
-    return jnp.where(jnp.isfinite(norms), jnp.minimum(ratios, jnp.finfo(ratios.dtype).max), norms)
+
+    def one(n: jax.Array, ratio: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isfinite(n), jnp.minimum(ratio, jnp.finfo(ratio.dtype).max), n)
+
+    return list(map(one, norms, ratios))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip._arguments import check_between, check_bound
+from optaxclip._arguments import check_between, check_bound, check_count
 from optaxclip._leaves import Tree, leaves_with_path, path_name, place
 from optaxclip._numerics import accumulator, maximum_of, scaled
 from optaxclip.clipping import ClipState, Transform, check_state
@@ -104,6 +104,7 @@ def latent_attention_heads(nope_dim: int) -> HeadsFn:
       >>> heads("attention/kv_b_proj/weight", jnp.zeros((8 * 256, 512))).key
       slice(None, 128, None)
     """
+    check_count(nope_dim, "nope_dim")
 
     def heads(path: str, leaf: jax.Array) -> Heads | None:
         *_, module, name = ("", *path.split("/"))
@@ -366,6 +367,12 @@ def _factor(path: str, heads: Heads, leaf: Any, gamma: jax.Array, alpha: Any) ->
             f" {place(path)} of shape {leaf.shape}. Pass an array [heads] for a single layer."
         )
     dim = leaf.shape[at] // count if heads.merged else leaf.shape[at + 1]
+    for which in (heads.query, heads.key, heads.rotary_query):
+        if which is not None and max(which.start or 0, which.stop or 0) > dim:
+            raise ValueError(
+                f"the parts of a head must lie within it, got {which} of {dim} dimensions at"
+                f" {place(path)}. Pass the dimensions without position, qk_nope_head_dim."
+            )
     share = jnp.asarray(alpha).astype(jnp.float32)
     powers = {"query": share, "key": 1 - share, "rotary_query": jnp.ones(())}
     power = jnp.zeros(dim, jnp.float32)

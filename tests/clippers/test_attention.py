@@ -170,6 +170,15 @@ def test_latent_attention(merged, alpha):
     assert not np.array_equal(values(found), values(params))
 
 
+def test_dimensions_without_position_lie_within_a_head():
+    params, logits, _ = latent(merged=False)
+    largest = logits(params).max((1, 2))
+    with pytest.raises(ValueError, match=r"parts of a head must lie within it.*of 7 dimensions at"):
+        qk_clip_params(params, {"": largest}, heads=latent_attention_heads(128))
+    with pytest.raises(ValueError, match="nope_dim must be >= 1, got 0"):
+        latent_attention_heads(0)
+
+
 def test_layers_stacked_in_front():
     one, two = flax_layout()[0], flax_layout()[0]
     stacked = jax.tree.map(lambda a, b: np.stack([a, b]), one, two)
