@@ -202,7 +202,8 @@ def qk_clip(
             if path not in factors:
                 return u
             w, wide = weights[path], accumulator(u.dtype)
-            factor = factors[path].astype(wide)
+            # Split as u is: on a mesh with explicit axes `where` takes nothing else.
+            factor = factors[path].astype(wide) * jnp.ones_like(u, wide)
             new = u.astype(wide) * factor + w.astype(wide) * (factor - 1)
             return jnp.where(factor == 1, u, new.astype(u.dtype))
 

@@ -42,7 +42,7 @@ LAYOUTS = {
 NAMES = [name for name in CLIPPERS if not name.startswith("singular")]
 # What is updated where: all on the mesh that splits leaves in every way. The meshes along one axis
 # split the same leaves along one dimension or the other, which only units can tell apart.
-ROWS = ["value", "global", "leaf", "unit", "agc", "zclip-published-units", "spam"]
+ROWS = ["value", "global", "leaf", "unit", "agc", "clippy", "zclip-published-units", "spam"]
 COLUMNS = ["global-max", "leaf-rms", "group", "unit", "adagc", "adaclip"]
 OTHERS = ["soft-elements", "feedback", "skip-outliers"]
 UPDATED = {
