@@ -1,4 +1,5 @@
-"""The programs that `compiled.py` compiles: steps of Adam behind a clipper, on a chip or a mesh.
+"""The programs that `compiled.py` compiles: steps of Adam behind a clipper, on a chip or a mesh,
+and gradients whose examples are clipped.
 
 Run by `compiled.py`, in the virtual environment that has the compiler: takes cases as JSON from
 stdin, and prints a line of JSON with the versions, then one for each case.
@@ -12,14 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import _compilers
+import _models
 import jax
 import jax.numpy as jnp
 import optax
-from _compiled_grid import ALONE, MESHES, TREES
+from _compiled_grid import ALONE, MESHES, MODELS, PLAIN, TREES
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
+from optaxclip.per_example import reweighted_grad
 
 OPTAX: dict[str, Callable[[], Any]] = {
     "clip": lambda: optax.clip(0.5),
@@ -106,6 +109,31 @@ def on_a_mesh(kind: str, mesh: str, layout: str, name: str) -> dict[str, Any]:
         return _compilers.cost(step, *args, donate_argnums=(1, 2))
 
 
+def of_a_model(kind: str, model: str, system: str) -> dict[str, Any]:
+    """The cost of a gradient, plain or with the examples clipped, on one device."""
+    name, args = MODELS[model]
+    work = getattr(_models, name)(*args)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (work.params, work.batch)
+    )
+
+    def plain(params: Any, batch: Any) -> Any:
+        return jax.grad(lambda p: jnp.sum(jax.vmap(work.loss, (None, 0))(p, batch)))(params)
+
+    def clipped(params: Any, batch: Any) -> Any:
+        size = "auto" if system == "auto" else None
+        found = reweighted_grad(work.loss, _bounded, method=system, microbatch_size=size)
+        return found(params, batch).grads
+
+    everywhere = NamedSharding(_compilers.mesh(kind, (1, 1)), P())
+    fun = plain if system == PLAIN else clipped
+    return _compilers.cost(fun, *shapes, in_shardings=everywhere)
+
+
+def _bounded(sq_norms: jax.Array) -> jax.Array:
+    return jnp.minimum(1, jax.lax.rsqrt(sq_norms))
+
+
 def _step(tx: Any) -> Callable:
     def step(grads: Any, state: Any, params: Any) -> Any:
         updates, state = tx.update(grads, state, params)
@@ -145,7 +173,8 @@ def main() -> None:
         on_a_chip(cases[0]["kind"], next(iter(TREES)), ALONE)
     for case in cases:
         try:
-            found = on_a_mesh(**case) if "mesh" in case else on_a_chip(**case)
+            compiles = of_a_model if "model" in case else on_a_mesh if "mesh" in case else on_a_chip
+            found = compiles(**case)
         except Exception as error:
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}

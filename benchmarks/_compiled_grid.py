@@ -38,6 +38,15 @@ TREES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "300x256": ({f"w{i:03}": (256, 256) for i in range(300)}, "float32"),
     "lm": (_language_model(), "bfloat16"),
 }
+# name: a function of `_models.py`, and its arguments.
+MODELS = {
+    "MLP B=1024": ("mlp", (1024, 2048)),
+    "LM B=16 T=256": ("lm", (16, 256)),
+    "CNN B=64": ("cnn", (64, (64, 128, 256))),
+    "LSTM B=128 T=64": ("lstm", (128, 64, 256)),
+}
+PLAIN = "plain"
+METHODS = ("auto", "one_pass", "two_pass", "vmap")
 MESHES = {"4x4": (4, 4), "16x16": (16, 16)}
 LAYOUTS = ("jit", "explicit", "shard_map")
 

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from _compiled_grid import ALONE, COUNTERPARTS, LAYOUTS
+from _compiled_grid import ALONE, COUNTERPARTS, LAYOUTS, METHODS, PLAIN
 
 Row = dict[str, Any]
 
@@ -56,6 +56,15 @@ stands where Optax's does not compile.
 
 {meshes}
 
+## Each example clipped
+
+A gradient whose examples are clipped one by one (`per_example.reweighted_grad`) relative to the
+plain gradient of the summed loss, of the models of `benchmarks/per_example.py`: what `"auto"`
+takes, in parts of the batch where it likes, then each schedule over the whole batch. Memory is
+temporary memory. "At most" is a step that takes the rare branches, where terms of a norm cancel.
+
+{models}
+
 ## Bounds
 
 {bounds}
@@ -81,13 +90,15 @@ def page(versions: dict[str, str], rows: list[Row]) -> str:
         names=NAMES,
         chips=_sections(rows, "tree"),
         meshes=_sections(rows, "mesh"),
-        bounds=bounds(rows),
+        models=_model_tables(rows),
+        bounds=bounds(_steps(rows)),
     )
 
 
 def report(versions: dict[str, str], rows: list[Row]) -> str:
     """What is printed."""
-    parts = [_sections(rows, "tree"), _sections(rows, "mesh"), bounds(rows)]
+    parts = [_sections(rows, "tree"), _sections(rows, "mesh"), _model_tables(rows)]
+    parts.append(bounds(_steps(rows)))
     return "\n\n".join([*filter(None, parts), f"Compilers' figures: {versions}"])
 
 
@@ -99,6 +110,47 @@ def _sections(rows: list[Row], place: str) -> str:
         + table([r for r in rows if (r["kind"], r.get(place)) == (kind, name)])
         for kind, name in titles
     )
+
+
+def _steps(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "model" not in row]
+
+
+def _model_tables(rows: list[Row]) -> str:
+    """A table a chip."""
+    of_models = [row for row in rows if "model" in row]
+    tables = []
+    for kind in dict.fromkeys(row["kind"] for row in of_models):
+        here = [row for row in of_models if row["kind"] == kind]
+        decides = _decides(here[0])
+        head = ["model", *(f"{decides}: {m}" if k == 0 else m for k, m in enumerate(METHODS))]
+        head += [f"memory: {m}" if k == 0 else m for k, m in enumerate(METHODS)]
+        names = dict.fromkeys(row["model"] for row in here)
+        lines = [_model_line(name, [r for r in here if r["model"] == name]) for name in names]
+        tables.append(f"### {CHIPS[kind]}, models\n\n{_markdown(head, lines)}")
+    return "\n\n".join(tables)
+
+
+def _model_line(model: str, rows: list[Row]) -> list[str]:
+    by_system = {row["system"]: row for row in rows}
+    plain = by_system[PLAIN]
+    if "error" in plain:
+        return [model, plain["error"], *[""] * (2 * len(METHODS) - 1)]
+    costs, memories = [], []
+    for row in map(by_system.get, METHODS):
+        if row is None or "error" in row:
+            full = row is not None and "RESOURCE_EXHAUSTED" in row["error"]
+            costs.append("does not fit" if full else "fails")
+            memories.append("")
+            continue
+        decides = _decides(row)
+        least, most = row[decides], row["most"][decides]
+        at_most = f", at most {most / plain[decides]:.2f}x" if most > 1.005 * least else ""
+        costs.append(f"{least / plain[decides]:.2f}x{at_most}")
+        of_plain = row["temporary"] / plain["temporary"] if plain["temporary"] else None
+        memory = f"{row['temporary'] / 1e6:.0f} MB"
+        memories.append(memory if of_plain is None else f"{of_plain:.2f}x")
+    return [model, *costs, *memories]
 
 
 def _clippers(rows: Sequence[Row]) -> list[str]:

@@ -1,18 +1,21 @@
-"""What a clipper adds to a step of Adam on TPUs and on an H100, by their compilers' own figures.
+"""What a clipper adds to a step of Adam on TPUs and on an H100, by their compilers' own figures,
+and what clipping each example adds to a gradient.
 
     make bench-compiled                           # environments, the whole grid, the page
     python benchmarks/compiled.py --quick         # v5e and H100, under 3 minutes on 2 cores
     python benchmarks/compiled.py --kinds v5e,h100 --trees 25x1024 --only global,leaf
     python benchmarks/compiled.py --kinds v5e --meshes 4x4 --layouts jit --only global
+    python benchmarks/compiled.py --kinds v5e --models "LM B=16 T=256"
 
 The compilers of accelerators run without one (`_compilers.py`), each in a virtual environment of
 its own, `.venv-tpu` and `.venv-cuda12`, which `make bench-compiled` makes. Nothing is run, and
 nothing timed but compilation: a figure is what the compiler says of the program. Whoever names
-trees gets no meshes unless they are named too, and the other way round. Prints markdown; writes
-JSON with `--json`, and `--markdown` writes the documentation's page; with `--rows` from rows
-found before:
+trees, meshes or models gets none of the others. Prints markdown; writes JSON with `--json`, and
+`--markdown` writes the documentation's page; with `--rows` from rows found before, of which later
+files replace what they have too:
 
-    python benchmarks/compiled.py --rows docs/compiled_cost.json --markdown docs/compiled_cost.md
+    python benchmarks/compiled.py --rows docs/compiled_cost.json out/new.json \\
+        --json docs/compiled_cost.json --markdown docs/compiled_cost.md
 """
 
 import argparse
@@ -25,7 +28,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _compiled_grid import COUNTERPARTS, KINDS, LAYOUTS, MESHES, TREES, names
+from _compiled_grid import (
+    COUNTERPARTS,
+    KINDS,
+    LAYOUTS,
+    MESHES,
+    METHODS,
+    MODELS,
+    PLAIN,
+    TREES,
+    names,
+)
 from _compiled_page import page, report
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +49,8 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
 }
+# What tells one row from another.
+CASE = ("kind", "tree", "mesh", "layout", "name", "model", "system")
 MESH_KINDS = ("v5e", "h100")  # of the two TPUs, which share a partitioner, one
 # Those left out are much like one that is there.
 QUICK_CLIPPERS = ["value", "global", "leaf", "unit", "agc", "zclip", "adagc", "quantile"]
@@ -49,9 +64,9 @@ def main() -> None:
     """Compiles the cases, or reads what they gave, and prints the tables."""
     args = _arguments()
     if args.rows:
-        found = json.loads(args.rows.read_text())
+        found = _joined([json.loads(path.read_text()) for path in args.rows])
     else:
-        cases = [*_on_chips(args), *_on_meshes(args)]
+        cases = [*_on_chips(args), *_on_meshes(args), *_of_models(args)]
         parts = [compile_in_turn(extra, cases) for extra in dict.fromkeys(KINDS.values())]
         found = {
             "versions": {k: v for versions, _ in parts for k, v in versions.items()},
@@ -62,6 +77,14 @@ def main() -> None:
         args.json.write_text(as_json(**found))
     if args.markdown:
         args.markdown.write_text(page(**found))
+
+
+def _joined(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several files the last row of each case."""
+    rows: dict[tuple[str, ...], dict] = {}
+    for row in (row for file in files for row in file["rows"]):
+        rows[tuple(str(row.get(key)) for key in CASE)] = row
+    return {"versions": files[-1]["versions"], "rows": list(rows.values())}
 
 
 def as_json(versions: dict[str, str], rows: list[dict]) -> str:
@@ -88,6 +111,15 @@ def _on_meshes(args: argparse.Namespace) -> list[dict[str, str]]:
         for mesh in args.meshes
         for layout in args.layouts
         for name in names(clippers)
+    ]
+
+
+def _of_models(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [
+        {"kind": kind, "model": model, "system": system}
+        for kind in args.kinds
+        for model in args.models
+        for system in (PLAIN, *METHODS)
     ]
 
 
@@ -145,7 +177,7 @@ def _run(extra: str, cases: Sequence[dict[str, Any]], script: str) -> tuple[list
 def _progress(row: dict[str, Any]) -> str:
     if "kind" not in row:
         return ""
-    names = ("kind", "tree", "mesh", "layout", "name", "model", "tokens", "system")
+    names = (*CASE, "tokens")
     said = row.get("error") or f"{row['seconds']:.1f} s"
     return f"{' '.join(str(row[n]) for n in names if n in row)}: {said}\n"
 
@@ -159,17 +191,19 @@ def _arguments() -> argparse.Namespace:
         ("trees", TREES, "parameters on one chip"),
         ("meshes", MESHES, "meshes"),
         ("layouts", LAYOUTS, "how programs on meshes are written"),
+        ("models", MODELS, "models whose examples are clipped"),
     ):
         parser.add_argument(f"--{name}", type=_some(table), help=f"{meant}: of {','.join(table)}")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--rows", type=Path, help="take the rows of this JSON, compile nothing")
+    parser.add_argument("--rows", type=Path, nargs="+", help="take these rows, compile nothing")
     parser.add_argument("--markdown", type=Path, help="also write the documentation's page here")
     args = parser.parse_args()
     if args.quick:
         args = argparse.Namespace(**{k: v or QUICK.get(k) for k, v in vars(args).items()})
-    places = args.trees or args.meshes
+    places = args.trees or args.meshes or args.models
     args.trees = args.trees or ([] if places else [*TREES])
     args.meshes = args.meshes or ([] if places else [*MESHES])
+    args.models = args.models or ([] if places else [*MODELS])
     args.kinds, args.only = args.kinds or [*KINDS], args.only or [*COUNTERPARTS]
     args.layouts = args.layouts or [*LAYOUTS]
     return args

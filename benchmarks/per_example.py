@@ -4,17 +4,17 @@
     python benchmarks/per_example.py --quick          # the MLP and two language models
     python benchmarks/per_example.py --preset others  # as other packages have them, as long again
     python benchmarks/per_example.py --preset gpu     # larger models
-    python benchmarks/per_example.py --crossover    # from many short examples to few long ones
+    python benchmarks/per_example.py --crossover      # from many short examples to few long ones
 
 Each system computes `sum_b c_b g_b` with `c_b = min(1, 1 / |g_b|)`; the plain gradient is that of
 the summed loss. All run in one process in a new random order every round; quoted is the median
 over rounds of time / time of the plain gradient in that round. Temporary memory is XLA's figure.
-"auto" also picks the micro-batch; one pass and stacking run whole and in 2, 4 and 8 parts, and the
+"auto" also picks the micro-batch; one pass and stacking run whole and in 2 and 4 parts, and the
 best of all that is ours is shown. jax-privacy runs at the micro-batch sizes 1, 4, 8, 16 and none;
-its best time is shown, if it is installed. `--crossover` cuts one number of tokens into sequences
-of different lengths, and shows which method is faster and which one "auto" takes. Prints markdown;
-writes JSON with `--json`, and `--markdown` writes the documentation's page; with `--rows` from rows
-measured before, in several runs:
+its best time is shown, if it is installed; not for the others, where it loops over convolutions.
+`--crossover` cuts one number of tokens into sequences of different lengths, and shows which method
+is faster and which one "auto" takes. Prints markdown; writes JSON with `--json`, and `--markdown`
+writes the documentation's page; with `--rows` from rows measured before, in several runs:
 
     python benchmarks/per_example.py --rows out/*.json --markdown docs/per_example_cost.md
 """
@@ -23,7 +23,7 @@ import argparse
 import functools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Callable[[], models.Workload]]] = {
 QUICK = ("MLP B=256", "LM B=32 T=64", "LM B=16 T=128 tied")
 METHODS = ("auto", "one_pass", "two_pass", "vmap")
 IN_PARTS = ("one_pass", "vmap")
-PARTS = (2, 4, 8)
+PARTS = (2, 4)
 SLOW = 10
 """What takes so many times the plain gradient's time is run in three rounds only."""
 MICROBATCHES = (1, 4, 8, 16, None)
@@ -77,13 +77,21 @@ COLUMNS = (
     "model", "auto", "best", "one_pass", "two_pass", "vmap", "jax-privacy (micro-batch)",
     "memory: auto", "one_pass", "two_pass", "vmap", "compile: auto",
 )  # fmt: skip
-HEAD = f"| {' | '.join(COLUMNS)} |\n| --- | {' | '.join(['---:'] * (len(COLUMNS) - 1))} |"
+PEER = "jax-privacy (micro-batch)"
+
+
+def _head(columns: Sequence[str]) -> str:
+    return f"| {' | '.join(columns)} |\n| --- | {' | '.join(['---:'] * (len(columns) - 1))} |"
+
+
+HEAD = _head(COLUMNS)
+HEAD_OF_OTHERS = _head([column for column in COLUMNS if column != PEER])
 
 PAGE = """# What clipping each example costs
 
 Time of a gradient whose examples are clipped one by one (`reweighted_grad`) relative to the plain
 gradient of the summed loss. "auto": with the schedule and the number of parts that `"auto"` picks,
-which stand in brackets; "best": the fastest of all schedules, whole and in 2, 4 or 8 parts; then
+which stand in brackets; "best": the fastest of all schedules, whole and in 2 or 4 parts; then
 each schedule over the whole batch, then jax-privacy's `clipped_grad` at the fastest of its
 micro-batch sizes, which stands in brackets. After it temporary memory, by XLA's figure, and the
 time to trace and compile, relative to the plain gradient's too. B is the number of examples, T the
@@ -125,7 +133,7 @@ def main() -> None:
     if args.crossover:
         crossover(args.preset, args.rounds)
         return
-    print(HEAD, flush=True)
+    print(HEAD_OF_OTHERS if args.preset == "others" else HEAD, flush=True)
     if args.rows:
         files = [json.loads(path.read_text()) for path in args.rows]
         rows = {row["model"]: row for file in files for row in file["rows"]}
@@ -149,8 +157,8 @@ def main() -> None:
     if args.markdown:
         theirs = [row["model"] in others.MODELS for row in rows]
         tables = [
-            "\n".join([HEAD, *(_markdown(r) for r, x in zip(rows, theirs, strict=True) if x is t)])
-            for t in (False, True)
+            "\n".join([head, *(_markdown(r) for r, x in zip(rows, theirs, strict=True) if x is t)])
+            for t, head in ((False, HEAD), (True, HEAD_OF_OTHERS))
         ]
         page = PAGE.format(
             table=tables[0], others=tables[1], machine=found["machine"], noise=noise,
@@ -165,7 +173,7 @@ def crossover(preset: str, rounds: int) -> None:
     print("| B x T | one_pass | vmap | auto takes |\n| --- | ---: | ---: | --- |", flush=True)
     for time in (8, 32, 64, 128, 256, 512, 1024):
         work = models.lm(tokens // time, time, **small)
-        systems = _systems(work)
+        systems = _systems(work, peer=False)
         variants = {
             name: functools.partial(
                 compiled(systems[name], work.params, work.batch)[0], work.params, work.batch
@@ -182,7 +190,7 @@ def crossover(preset: str, rounds: int) -> None:
 def measure(model: str, work: models.Workload, rounds: int) -> dict[str, Any]:
     """Time, temporary memory and compile time of every system, over those of the plain gradient."""
     executables, compile_s = {}, {}
-    for name, fun in _systems(work).items():
+    for name, fun in _systems(work, peer=model not in others.MODELS).items():
         executables[name], compile_s[name] = compiled(fun, work.params, work.batch)
     memory = {k: e.memory_analysis().temp_size_in_bytes for k, e in executables.items()}
     variants = {
@@ -236,7 +244,7 @@ def _in_parts(method: str, parts: int) -> str:
     return f"{method} {parts}"
 
 
-def _systems(work: models.Workload) -> dict[str, Callable[[Any, Any], Any]]:
+def _systems(work: models.Workload, peer: bool) -> dict[str, Callable[[Any, Any], Any]]:
     def plain(params: Any, batch: Any) -> Any:
         return jax.grad(lambda p: jnp.sum(jax.vmap(work.loss, (None, 0))(p, batch)))(params)
 
@@ -253,7 +261,7 @@ def _systems(work: models.Workload) -> dict[str, Callable[[Any, Any], Any]]:
             systems[_in_parts(method, parts)] = reweighted_grad(
                 work.loss, weights, method=method, microbatch_size=examples // parts
             )
-    if privacy_clipped_grad is not None:
+    if peer and privacy_clipped_grad is not None:
         for size in (size for size in MICROBATCHES if size is None or examples % size == 0):
             systems[_privacy(size)] = privacy_clipped_grad(
                 work.loss, l2_clip_norm=1.0, keep_batch_dim=False, microbatch_size=size
@@ -275,12 +283,15 @@ def _markdown(row: dict[str, Any]) -> str:
         default=None,
     )
     fastest, which = _best(row)
+    privacy = [] if row["model"] in others.MODELS else [""]
+    if best is not None:
+        privacy = [f"{best[0]:.2f}x ({best[1].split()[-1]})"]
     cells = [
         row["model"],
         f"{row['time']['auto']:.2f}x ({row['taken']})",
         f"{fastest:.2f}x ({which})",
         *(f"{row['time'][method]:.2f}x" for method in METHODS[1:]),
-        "" if best is None else f"{best[0]:.2f}x ({best[1].split()[-1]})",
+        *privacy,
         *(f"{row['memory'][method]:.2f}x" for method in METHODS),
         f"{row['compile']['auto']:.1f}x",
     ]
