@@ -5,11 +5,13 @@
 
 The streams and what is measured are those of `optaxclip.testing`: log-normal norms of level 0.1
 and sigma 0.1, with a spike, a lasting shift, a ramp, a spike in the warm-up, a NaN, a leaf
-without gradient. Fixed bounds are at 1.2 levels. "Published" is `relearn_after=None`.
+without gradient. Fixed bounds are at 1.2 levels. "Published" is `relearn_after=None`, and of
+`gradient_stabilizer` `outlier=inf`.
 """
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,14 @@ FIXED: dict[str, Callable[[], Any]] = {
     "skip_nonfinite": lambda: optaxclip.skip_nonfinite(optax.identity()),
     'skip_outliers, "fixed"': lambda: optaxclip.skip_outliers(optax.identity(), 2 * LEVEL),
 }
+
+
+def _stabilizer(*, relearn_after: int | None = 25) -> Any:
+    """Its lengths are about 1 at every level."""
+    outlier = math.inf if relearn_after is None else 2.0
+    return optax.chain(optaxclip.gradient_stabilizer(outlier=outlier), optax.scale(LEVEL))
+
+
 ADAPTIVE: dict[str, Callable[..., Any]] = {
     "autoclip": optaxclip.autoclip,
     "autoclip(95)": lambda **k: optaxclip.autoclip(95.0, **k),
@@ -53,6 +63,7 @@ ADAPTIVE: dict[str, Callable[..., Any]] = {
     "clip_by_quantile": optaxclip.clip_by_quantile,
     "spam_clip": optaxclip.spam_clip,
     "adaclip": optaxclip.adaclip,
+    "gradient_stabilizer": _stabilizer,
     "skip_outliers": lambda **k: optaxclip.skip_outliers(optax.identity(), mean_plus_std(**k)),
     'skip_outliers, "quantile"': lambda **k: optaxclip.skip_outliers(
         optax.identity(), multiple_of_quantile(**k)
@@ -84,7 +95,10 @@ PAGE = """# What each clipper does over time
 `benchmarks/behaviour.py` drives every clipper through its public `update` with synthetic norms:
 log-normal, sigma 0.1, around a usual norm of 0.1, the level. On step 300 of 600 something happens:
 a spike, a lasting rise, a ramp, a NaN. The multiplier is the norm after clipping over the norm
-before. Fixed bounds are 1.2 times the level. "Published" is `relearn_after=None`.
+before. Fixed bounds are 1.2 times the level. "Published" is `relearn_after=None`, and of
+`gradient_stabilizer` `outlier=inf`. It and `normalize` make one length of all, here the level:
+after a rise the multiplier stays small, and the leaf that wakes, a hundred times shorter than the
+other, becomes as long.
 
 ![The multipliers over time](behaviour.png)
 
@@ -111,7 +125,8 @@ What the columns of the table mean:
 
 Tests hold the clippers whose bound follows the norms, with their defaults, to at most 200 steps
 after x3, at most two levels for both spikes, no memory of a NaN, and at least half of a waking leaf
-and of constant norms (`optaxclip.testing.check_clipper`).
+and of constant norms (`optaxclip.testing.check_clipper`); but for `gradient_stabilizer`, whose
+tests are its own.
 
 This page and the picture are written by the script, with `--markdown` and `--plot`.
 """

@@ -33,6 +33,7 @@ from optaxclip.clippers.learned import adagc as adagc
 from optaxclip.clippers.learned import autoclip as autoclip
 from optaxclip.clippers.learned import clip_by_history as clip_by_history
 from optaxclip.clippers.learned import clip_by_quantile as clip_by_quantile
+from optaxclip.clippers.learned import gradient_stabilizer as gradient_stabilizer
 from optaxclip.clippers.learned import zclip as zclip
 from optaxclip.clippers.singular_values import clip_singular_values as clip_singular_values
 from optaxclip.clipping import clip_by as clip_by

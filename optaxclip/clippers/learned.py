@@ -18,13 +18,27 @@ differentiation. State is kept in float32.
 
 from typing import Any, get_args
 
-from optaxclip._arguments import check_between, check_bound, check_count, check_positive
+from optaxclip._arguments import (
+    check_at_least,
+    check_between,
+    check_bound,
+    check_count,
+    check_positive,
+)
 from optaxclip.clipping import NonFinite, Transform, clip_by
 from optaxclip.measure.norms import AxisName, By, Norm
 from optaxclip.responses import Response
 from optaxclip.thresholds.given import Threshold
 from optaxclip.thresholds.learned import AtMost, Learned, RelearnAfter, relearn_after_of
-from optaxclip.thresholds.rules import Mode, Percentile, Quantile, Ratio, WindowMoments, ZScore
+from optaxclip.thresholds.rules import (
+    MeanOverRoot,
+    Mode,
+    Percentile,
+    Quantile,
+    Ratio,
+    WindowMoments,
+    ZScore,
+)
 
 
 def autoclip(
@@ -313,6 +327,68 @@ def clip_by_quantile(
     rule = Quantile(quantile, step_size, init)
     threshold = Learned(rule, 25, relearn_after, ready=init is not None)
     return clip_learned(by, threshold, nonfinite, axis_name, name or "clip_by_quantile")
+
+
+def gradient_stabilizer(
+    decay: Any = 0.7,
+    *,
+    sq_decay: Any = 0.9,
+    eps: Any = 1e-8,
+    outlier: Any = 2.0,
+    by: By | Norm = "leaf",
+    nonfinite: NonFinite = "propagate",
+    axis_name: AxisName = None,
+    name: str | None = None,
+) -> Transform:
+    """Keeps each leaf's direction and makes its length `m / (sqrt(v) + eps)`, about 1.
+
+    m and v are the moving averages of the leaf's norm n and of n^2, with the present step, each
+    divided by what it would be of ones. The gradient becomes `g / n * m / (sqrt(v) + eps)`: its
+    length has no unit and is at most 1.41, so put Adam or a learning rate of its own behind it.
+
+    Args:
+      decay, sq_decay: of m and v, in [0, 1).
+      eps: >= 0, in the unit of the norm.
+      outlier: >= 1: a norm counts in m and v for at most this many times the m before it.
+        `float("inf")`: the published rule. After a spike of a thousand times it makes the next
+        hundred gradients too short, of length 0.01 at worst.
+      by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
+
+    Returns:
+      A gradient transformation. Its `threshold` is the length that results; `clipped_count` counts
+      the steps with n beyond it, and so depends on the unit of the loss.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Edge cases:
+      | first step | length `n / (n + eps)` |
+      | a spike | after steady norms of length 1.14; with `outlier=inf` about 1 |
+      | a lasting rise | the next twenty gradients are up to 1.41 long |
+      | a lasting fall, a spike on the first step | those after it are too short, until v forgets: |
+      | | of a thousand times, for a hundred steps, and of length 0.01 at worst |
+      | NaN, infinity, zero | not learned from: later steps are as they would have been without |
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.gradient_stabilizer()
+      >>> state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
+      >>> for norm in [0.1, 0.12, 0.08, 5.0]:
+      ...     updates, state = update({"w": jnp.array([norm])}, state)
+      >>> print(updates["w"].round(3))
+      [1.054]
+
+    Source: Huang et al. (GradientStabilizer), arXiv 2502.17055; the form is that of the authors'
+    code for AdaGN. Different here: `outlier`, and norms of zero are not learned from.
+    """
+    check_between(decay, "decay", 0, 1, last=False)
+    check_between(sq_decay, "sq_decay", 0, 1, last=False)
+    check_bound(eps, "eps", schedule=False)
+    check_at_least(outlier, "outlier", 1)
+    rule = MeanOverRoot(decay, sq_decay, eps, outlier)
+    threshold = Learned(rule, 1, None, ready=True)
+    name = name or "gradient_stabilizer"
+    return clip_learned(by, threshold, nonfinite, axis_name, name, "normalize")
 
 
 def clip_learned(

@@ -4,7 +4,8 @@ For users is what is imported below. What other rooms import besides, and no mor
 
 * `given`: `as_threshold`, `non_negative`, `params_of`
 * `learned`: `AtMost`, `RelearnAfter`, `relearn_after_of`
-* `rules`: `Mode`, `MovingMean`, `Percentile`, `Quantile`, `Ratio`, `WindowMoments`, `ZScore`
+* `rules`: `MeanOverRoot`, `Mode`, `MovingMean`, `Percentile`, `Quantile`, `Ratio`, `WindowMoments`,
+  `ZScore`
 * `elements`: `SecondMoments`, `Shares`
 """
 

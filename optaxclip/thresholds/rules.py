@@ -250,6 +250,62 @@ class RootMeanSquare:
         return jnp.hypot(old * memory, new * norms)  # squares stay in range
 
 
+class Moments(NamedTuple):
+    """Moving averages and the weights they have gathered; arrays [size]."""
+
+    mean: jax.Array
+    weight: jax.Array
+    root: jax.Array
+    """Of the moving average of the squares."""
+    sq_weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanOverRoot:
+    """`m / (sqrt(v) + eps)`: m and v the moving averages of the norms and of their squares.
+
+    Both hold the present norm, and are corrected for their start from zero. A norm counts for at
+    most `outlier` times the mean of those before it.
+    """
+
+    decay: Any
+    sq_decay: Any
+    eps: Any
+    outlier: Any
+
+    def init(self, size: int) -> Moments:
+        return Moments(*(jnp.zeros(size, jnp.float32) for _ in range(4)))
+
+    def seed(self, recent: jax.Array, ordered: jax.Array) -> Moments:
+        one = jnp.ones(recent.shape[1], jnp.float32)
+        root = RootMeanSquare(1.0, self.sq_decay).seed(recent, ordered)
+        return Moments(jnp.mean(recent, axis=0), one, root, one)
+
+    def early(self, norms: jax.Array) -> jax.Array:
+        return jnp.full_like(norms, jnp.inf)
+
+    def bound(self, memory: Moments, norms: jax.Array) -> jax.Array:
+        mean, weight, root, sq_weight = self.update(memory, norms, norms)
+        known = root > 0
+        root = jnp.where(known, root, 1.0) / jnp.sqrt(sq_weight)
+        return jnp.where(known, mean / weight / (root + jnp.asarray(self.eps, root.dtype)), 0.0)
+
+    def update(self, memory: Moments, norms: jax.Array, bounds: jax.Array) -> Moments:
+        del bounds
+        known = memory.weight > 0
+        before = memory.mean / jnp.where(known, memory.weight, 1.0)
+        if not (isinstance(self.outlier, float) and self.outlier >= UNKNOWN):
+            limit = jnp.asarray(self.outlier, norms.dtype) * before
+            norms = jnp.where(known, jnp.minimum(norms, limit), norms)
+        old, new = jnp.sqrt(self.sq_decay), jnp.sqrt(1 - self.sq_decay)
+        return Moments(
+            self.decay * memory.mean + (1 - self.decay) * norms,
+            self.decay * memory.weight + (1 - self.decay),
+            jnp.hypot(old * memory.root, new * norms),  # squares stay in range
+            self.sq_decay * memory.sq_weight + (1 - self.sq_decay),
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantile:
     """`C <- C exp(-eta (1[n <= C] - q))`: one number that finds the q-th quantile."""

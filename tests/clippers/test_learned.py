@@ -139,6 +139,91 @@ def test_clip_by_quantile_without_init_starts_from_the_quantile_of_the_warm_up(n
     np.testing.assert_allclose(found[25], np.quantile(norms[:25], 0.5, axis=0), rtol=1e-6)
 
 
+def stabilized(n, decay, sq_decay, eps):
+    m = v = 0.0
+    lengths = []
+    for t, x in enumerate(n, 1):
+        m, v = decay * m + (1 - decay) * x, sq_decay * v + (1 - sq_decay) * x * x
+        lengths.append(m / (1 - decay**t) / (np.sqrt(v / (1 - sq_decay**t)) + eps))
+    return lengths
+
+
+def test_gradient_stabilizer(norms):
+    """By leaf, to 1e-6; eps counts in the unit of the norm."""
+    txs = {
+        eps: optaxclip.gradient_stabilizer(outlier=INF, **({} if eps == 1e-8 else {"eps": eps}))
+        for eps in (1e-8, 0.0, 0.05)
+    }
+    found = factors(txs, norms)
+    for eps, factor in found.items():
+        expected = by_leaf(stabilized, norms, 0.7, 0.9, eps) / norms
+        np.testing.assert_allclose(factor, expected, rtol=1e-6, err_msg=str(eps))
+
+
+LEVELS = {
+    "spike": lambda t: 1000.0 if t == 100 else 1.0,
+    "rise": lambda t: 1000.0 if t >= 100 else 1.0,
+    "fall": lambda t: 1e-3 if t >= 100 else 1.0,
+    "first": lambda t: 1000.0 if t == 0 else 1.0,
+}
+
+
+def lengths_of(outlier):
+    """By stream, the length of the gradient on each of 400 steps."""
+    streams = np.array([[[level(t)] * 2 for t in range(400)] for level in LEVELS.values()])
+    found = factors(optaxclip.gradient_stabilizer(outlier=outlier), streams) * streams
+    return dict(zip(LEVELS, found[..., 0], strict=True))
+
+
+def test_gradient_stabilizer_is_as_long_as_its_docstring_says():
+    ours, published = lengths_of(2.0), lengths_of(INF)
+    np.testing.assert_allclose(ours["spike"][100], 1.14, atol=0.01)
+    assert ours["spike"][101:].min() > 0.95
+    np.testing.assert_allclose(published["spike"][100], 0.95, atol=0.01)
+    assert 0.009 < published["spike"][101:].min() < 0.02
+    assert (published["spike"][101:] < 0.9).sum() > 95
+    for found in (ours, published):
+        assert max(x.max() for x in found.values()) <= 1.41
+        np.testing.assert_allclose(found["rise"][140:], 1, atol=0.1)
+        for name, start in (("fall", 100), ("first", 0)):
+            after = found[name][start + 1 :]
+            assert 0.002 < after.min() < 0.02
+            assert 100 < (after < 0.9).sum() < 150
+            np.testing.assert_allclose(after[150:], 1, atol=0.1)
+
+
+def test_gradient_stabilizer_counts_an_outlier_as_twice_the_mean_before_it():
+    n = np.array([1.0, 1.0, 50.0, 1.0, 1.0])
+    counted = np.array([1.0, 1.0, 2.0, 1.0, 1.0])
+    expected = stabilized(counted, 0.7, 0.9, 0.0)
+    found = factors(optaxclip.gradient_stabilizer(eps=0.0), np.stack([n, n], 1))[:, 0] * n
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_gradient_stabilizer_has_the_same_length_in_any_unit():
+    n = np.exp(0.5 * np.random.default_rng(0).standard_normal((50, 2)))
+    tx = optaxclip.gradient_stabilizer(eps=0.0)
+    found = factors(tx, np.stack([n, n * 1e-20, n * 1e20]))
+    lengths = found * np.stack([n, n * 1e-20, n * 1e20])
+    np.testing.assert_allclose(lengths[1:], np.stack([lengths[0]] * 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_gradient_stabilizer_learns_nothing_from_what_tells_nothing(value):
+    n = np.exp(0.5 * np.random.default_rng(0).standard_normal((40, 2)))
+    with_it = np.insert(n, 20, value, axis=0)
+    tx = optaxclip.gradient_stabilizer()
+    without, found = factors(tx, n), factors(tx, with_it)
+    np.testing.assert_allclose(np.delete(found, 20, axis=0), without, rtol=1e-6)
+
+
+def test_gradient_stabilizer_by_global_norm_has_one_length():
+    grads = [3 * ONES, ONES]
+    tx = optaxclip.gradient_stabilizer(by="global", eps=0.0)
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate(updates)), 1, rtol=1e-6)
+
+
 # --- what all of them share ---
 
 MAKE = {
@@ -196,6 +281,13 @@ def test_only_the_first_argument_is_positional(name):
             lambda: optaxclip.zclip(by=optaxclip.Norm("leaf"), axis_name="data"),
             r"part of a Norm, got axis_name='data' beside one\. Pass it inside: by=Norm\(\.\.\.",
         ),
+        (
+            lambda: optaxclip.gradient_stabilizer(sq_decay=1),
+            r"sq_decay must be in \[0, 1\), got 1\. Pass for example 0\.9",
+        ),
+        (lambda: optaxclip.gradient_stabilizer(-0.1), r"decay must be in \[0, 1\), got -0\.1"),
+        (lambda: optaxclip.gradient_stabilizer(eps=-1.0), r"eps must be >= 0, got -1\.0"),
+        (lambda: optaxclip.gradient_stabilizer(outlier=0.5), r"outlier must be >= 1, got 0\.5"),
         (lambda: optaxclip.clip_by_quantile(1.5), r"quantile must be in \[0, 1\], got 1\.5"),
     ],
 )

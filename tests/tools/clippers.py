@@ -103,6 +103,12 @@ CLIPPERS = {
     "adagc": (optaxclip.adagc, 1.05, {"max_norm": 1e3, "warmup": 2, "relearn_after": 2}),
     "history": (optaxclip.clip_by_history, 3.0, {"window": 4, "relearn_after": 2}),
     "quantile": (optaxclip.clip_by_quantile, 0.95, {"init": 0.5}),
+    "stabilizer": (optaxclip.gradient_stabilizer, 0.7, {}),
+    "stabilizer-published": (
+        optaxclip.gradient_stabilizer,
+        0.7,
+        {"outlier": INF, "by": "global", "eps": 0.0},
+    ),
     "spam": (optaxclip.spam_clip, 3.0, {"warmup": 2, "relearn_after": 2}),
     "spam-no-stats": (optaxclip.spam_clip, 3.0, {"warmup": 1, "stats": False}),
     "spam-published": (optaxclip.spam_clip, 9.0, {"warmup": 1, "relearn_after": None}),
