@@ -51,6 +51,7 @@ from optaxclip.per_example import per_example_grad as per_example_grad
 from optaxclip.per_example import per_example_norms as per_example_norms
 from optaxclip.per_example import per_example_value_and_grad as per_example_value_and_grad
 from optaxclip.per_example import register_rule as register_rule
+from optaxclip.per_example import watch_noise_scale as watch_noise_scale
 from optaxclip.robustness import adversarial_accuracy as adversarial_accuracy
 from optaxclip.robustness import input_sensitivity as input_sensitivity
 from optaxclip.scalars import clip_scalars as clip_scalars

@@ -13,6 +13,7 @@ from optaxclip._leaves import LeafFn, Tree, named_node
 from optaxclip._numerics import as_float32
 from optaxclip.clipping import clip_stats
 from optaxclip.measure.norms import Norm
+from optaxclip.per_example import NoiseState
 from optaxclip.wrappers.guards import SkipNonfiniteState, SkipOutliersState
 from optaxclip.wrappers.watched import FirstNonfinite
 
@@ -130,7 +131,8 @@ def clip_scalars(
       By name, flat: of a clipper `NAME/FIELD` for the scalars of `ClipStats`, `NAME/clip_rate` (of
       all steps so far), `NAME/FIELD/GROUP` for each leaf, unit or label, `NAME/examples/FIELD`; of
       a guard `skip_outliers/FIELD`, by `of` too, and `.../first_nonfinite/LEAF` with the step, for
-      leaves that ever were; of a watcher `NAME/norm` and `NAME/norm/PREFIX`.
+      leaves that ever were; of a watcher `NAME/norm` and `NAME/norm/PREFIX`, or `NAME/noise_scale`,
+      `NAME/noise`, `NAME/signal` and `NAME/noise_scale/LEAF`.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -167,7 +169,7 @@ def clip_scalars(
 
 def _of_others(tree: Tree, found: dict[str, Any]) -> None:
     """Adds what guards and watchers hold, the outer before the inner."""
-    kinds = (*_GUARDS, WatchState)
+    kinds = (*_GUARDS, WatchState, NoiseState)
     nodes: list[Any] = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
     for node in nodes:
         if isinstance(node, WatchState):
@@ -175,6 +177,10 @@ def _of_others(tree: Tree, found: dict[str, Any]) -> None:
             # Flax NNX wraps each array of a state in a variable, a node with one leaf.
             found[f"{own}/norm"], norms = jax.tree.leaves(node)
             found |= _named(f"{own}/norm", node.by_prefix, norms)
+        elif isinstance(node, NoiseState):
+            own = _free(node.name, found)
+            found |= {f"{own}/{k}": x for k, x in node.whole.items()}
+            found |= {f"{own}/noise_scale/{k}": x for k, x in node.by_leaf.items() if k != "global"}
         elif isinstance(node, SkipNonfiniteState | SkipOutliersState):
             own = _free(_GUARDS[type(node)], found)
             loss = getattr(node, "loss", None)

@@ -29,6 +29,7 @@ AGGREGATORS = {
 }
 OTHERS = {
     "watch": lambda: optaxclip.watch_norms(depth=2),
+    "watch-noise": lambda: optaxclip.watch_noise_scale(),
     "guard-of-all": lambda: optaxclip.skip_outliers(
         optax.adam(1e-3), of=("gradient", "update", "loss")
     ),

@@ -376,7 +376,7 @@ def gradient_stabilizer(
       >>> for norm in [0.1, 0.12, 0.08, 5.0]:
       ...     updates, state = update({"w": jnp.array([norm])}, state)
       >>> print(updates["w"].round(3))
-      [1.054]
+      [1.006]
 
     Source: Huang et al. (GradientStabilizer), arXiv 2502.17055; the form is that of the authors'
     code for AdaGN. Different here: `outlier`, and norms of zero are not learned from.

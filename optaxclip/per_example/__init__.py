@@ -5,7 +5,7 @@ The doors stand here: `gradients` (`per_example_grad` and its like), `reweighted
 (`check_per_example`); `fallbacks` says what had to be stacked. Rooms, from the top down:
 
 * `aggregators`: from per-example gradients to one update. `clip`, `robust` and its `batch`,
-  `quantile`, `moments`, `statistics`.
+  `quantile`, `moments`, `statistics`; `noise_scale` watches.
 * `schedules`: which way to a weighted sum, and its cost. `choice` by `costs` and `flops`; `weighed`
   sums, `factored` sees through the loss; `clipped_sum`, `microbatches`.
 * `engine`: the loss of one example as a program. `arguments` and `checks` make it a function of
@@ -20,6 +20,9 @@ The doors stand here: `gradients` (`per_example_grad` and its like), `reweighted
 
 from optaxclip.per_example.aggregators.clip import clip_per_example as clip_per_example
 from optaxclip.per_example.aggregators.moments import second_moment as second_moment
+from optaxclip.per_example.aggregators.noise_scale import NoiseState as NoiseState
+from optaxclip.per_example.aggregators.noise_scale import NoiseTerms as NoiseTerms
+from optaxclip.per_example.aggregators.noise_scale import watch_noise_scale as watch_noise_scale
 from optaxclip.per_example.aggregators.quantile import example_quantile as example_quantile
 from optaxclip.per_example.aggregators.robust import centered_clip as centered_clip
 from optaxclip.per_example.aggregators.robust import coordinate_median as coordinate_median

@@ -48,6 +48,24 @@ def test_two_spikes_are_each_survived_by_one_line(tmp_path):
     assert (tmp_path / "two_spikes.png").read_bytes().startswith(PNG)
 
 
+def test_batch_size_measures_what_its_page_shows(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- steps -->\n<!-- end -->\n<!-- noise -->\nold\n<!-- end -->\n", "utf-8")
+    quick = ("--sizes", 16, 64, 256, "--steps", 40, "--out", tmp_path, "--page", page)
+    done = succeeded(run("batch_size.py", *quick))
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    steps = [row["steps"] for row in found["digits"]]
+    assert steps[0] > 2 * steps[1] > 2 * steps[2]
+    assert 1 / 3 < found["noise"]["whole"] / found["knee"]["size"] < 3
+    whole, norm = (found["transformer"][k] for k in ("whole", "norm"))
+    assert len(whole) == 40
+    assert whole[-1] > 1.5 * whole[0]  # it grows
+    assert 0.5 < norm[-1] / whole[-1] < 2
+    assert f"| transformer, step 40 | {whole[-1]:.1f} | {norm[-1]:.1f} |" in done.stdout
+    assert "old" not in page.read_text("utf-8")
+    assert (tmp_path / "batch_size.png").read_bytes().startswith(PNG)
+
+
 def test_fsdp_transformer_learns_with_everything_split_but_the_statistics():
     done = succeeded(run("fsdp_transformer.py", "--quick"))
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.stdout)]

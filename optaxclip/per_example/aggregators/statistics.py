@@ -45,17 +45,28 @@ def record_examples(
 def noise_scale_of(sq_norms: jax.Array, counted: jax.Array, sq_norm_of_sum: jax.Array) -> jax.Array:
     """`tr(S) / |G|^2` from the squared norms [B] of vectors and that of the sum of the counted.
 
-    With n vectors, `m = mean |g|^2` and `s = |mean g|^2`, the unbiased estimates are
-    `tr(S) = n (m - s) / (n - 1)` and `|G|^2 = (n s - m) / (n - 1)` (McCandlish et al., arXiv
-    1812.06162, appendix A.1, with batches of n and of one). The largest float where the second is
-    not positive: the mean is lost in the noise. -1 for fewer than two vectors.
+    The largest float where the estimate of `|G|^2` is not positive: the mean is lost in the noise.
+    -1 for fewer than two vectors.
     """
     number = jnp.sum(counted).astype(sq_norms.dtype)
     n = jnp.maximum(number, 2)
     m = jnp.sum(jnp.where(counted, sq_norms, 0)) / n
-    s = sq_norm_of_sum.astype(sq_norms.dtype) / n**2
-    noise, signal = n * jnp.maximum(m - s, 0), n * s - m
+    noise, signal = noise_terms(m, sq_norm_of_sum.astype(sq_norms.dtype) / n**2, n)
+    return jnp.where(number < 2, -1, ratio_of(noise, signal))
+
+
+def noise_terms(m: jax.Array, s: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The unbiased estimates of `tr(S)` and `|G|^2` from `m = mean |g|^2` and `s = |mean g|^2`.
+
+    With n >= 2 vectors they are `n (m - s) / (n - 1)` and `(n s - m) / (n - 1)` (McCandlish et al.,
+    arXiv 1812.06162, appendix A.1, with batches of n and of one).
+    """
+    return n * (m - s) / (n - 1), (n * s - m) / (n - 1)
+
+
+def ratio_of(noise: jax.Array, signal: jax.Array) -> jax.Array:
+    """The noise scale of two estimates: 0 of neither, the largest float without a signal."""
+    noise = jnp.maximum(noise, 0)
     lost = signal <= 0
     ratio = jnp.where(lost, UNKNOWN, noise / jnp.where(lost, 1, signal))
-    ratio = jnp.where((noise == 0) & (signal == 0), 0, ratio)
-    return jnp.where(number < 2, -1, ratio)
+    return jnp.where((noise == 0) & (signal == 0), 0, jnp.minimum(ratio, UNKNOWN))

@@ -33,7 +33,7 @@ class Incoming:
         shapes = [jax.ShapeDtypeStruct(form.shape, form.dtype) for form in forms]
         like = jax.tree.unflatten(structure, shapes)
         if params is not None:
-            _check_like_params(like, params)
+            check_like_params(like, params)
         return cls(forms, like, size)
 
     def zeros(self) -> list[jax.Array]:
@@ -93,7 +93,8 @@ def sq_norm(arrays: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [jnp.vdot(x, x) for x in wide], jnp.zeros((), jnp.float32))
 
 
-def _check_like_params(like: Tree, params: Tree) -> None:
+def check_like_params(like: Tree, params: Tree) -> None:
+    """Raises where one gradient is not shaped like the parameters."""
     found, expected = (
         [(place(path_name(path)), jnp.shape(x)) for path, x in leaves_with_path(tree)]
         for tree in (like, params)
