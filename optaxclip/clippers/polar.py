@@ -32,14 +32,8 @@ def clip_by_products(
     x: jax.Array, c: jax.Array, *, soft: bool, steps: int
 ) -> tuple[jax.Array, jax.Array]:
     """The same by matrix products alone."""
-    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
-    zero = largest == 0
-    y = jnp.where(zero, 1.0, x / _unit(jax.lax.stop_gradient(largest)))
-    above, below = map(jax.lax.stop_gradient, _spectral_norm(y))
-    top = above * _unit(largest)  # >= every singular value
-    top = jax.lax.stop_gradient(jnp.minimum(top, jnp.finfo(x.dtype).max))
-    norm = jnp.where(zero, 0.0, jnp.minimum(below * _unit(largest), jnp.finfo(x.dtype).max))
-    y, bound = y / above, c / top
+    y, zero, top, norm = _estimated(x)
+    bound = c / top
     if soft:
         inside = zero | jnp.isinf(c)
         clipped = _soft(y, jnp.minimum(bound, 1e4), steps)
@@ -47,7 +41,34 @@ def clip_by_products(
         inside = zero | (top <= c)
         clipped = _hard(y, jnp.minimum(bound, 1.0), steps)
     clipped = jnp.where(c > 0, top * clipped, jnp.where(jnp.isnan(c), jnp.nan, 0.0 * x))
-    return jnp.where(inside, x, clipped), jax.lax.stop_gradient(norm)
+    return jnp.where(inside, x, clipped), norm
+
+
+def largest_by_svd(x: jax.Array) -> jax.Array:
+    """The largest singular value, `[batch, 1, 1]`."""
+    unit = _unit(jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True))
+    return jnp.linalg.svd(x / unit, compute_uv=False)[:, None, :1] * unit
+
+
+def largest_by_products(x: jax.Array) -> jax.Array:
+    """The same, from below."""
+    return _estimated(x)[-1]
+
+
+def _estimated(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The matrix over `top`, whether it is zero, `top` >= every singular value, and the largest.
+
+    The last from below; of a zero matrix the first is of ones.
+    """
+    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
+    zero = largest == 0
+    y = jnp.where(zero, 1.0, x / _unit(jax.lax.stop_gradient(largest)))
+    above, below = map(jax.lax.stop_gradient, _spectral_norm(y))
+    top, norm = (
+        jax.lax.stop_gradient(jnp.minimum(s * _unit(largest), jnp.finfo(x.dtype).max))
+        for s in (above, below)
+    )
+    return y / above, zero, top, jnp.where(zero, 0.0, norm)
 
 
 def _hard(y: jax.Array, c: jax.Array, steps: int) -> jax.Array:

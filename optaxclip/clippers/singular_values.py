@@ -22,7 +22,15 @@ from optaxclip.measure.reductions import Sums
 from optaxclip.measure.statistics import check_same_groups, empty_stats, record
 from optaxclip.measure.units import UnitAxes, resolve
 from optaxclip.responses import Rescale, Response, Soften
-from optaxclip.thresholds.given import Context, Given, Passed, non_negative
+from optaxclip.thresholds.given import (
+    Context,
+    ElementBounds,
+    Given,
+    ParamNorm,
+    Passed,
+    as_threshold,
+    non_negative,
+)
 
 Method = Literal["newton_schulz", "svd"]
 
@@ -43,7 +51,8 @@ def clip_singular_values(
     Vectors and scalars, whose one singular value is their norm, are scaled alike.
 
     Args:
-      max_value: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
+      max_value: c >= 0: a number, a traced scalar, a schedule, or a tree prefix of these; or a
+        `Threshold` of the largest singular values, such as `thresholds.mean_plus_std(3.0)`.
       soft: see above. The soft bound costs and errs less. Static.
       method: `"newton_schulz"`, matrix products alone; `"svd"`, an exact decomposition, slow on
         accelerators, whose derivative is not finite where singular values coincide.
@@ -60,7 +69,7 @@ def clip_singular_values(
     Raises:
       ValueError: max_value negative or NaN, or no prefix of the updates; unknown method; axes a
         leaf lacks; a leaf that is sharded inside `jax.shard_map`.
-      TypeError: max_value is no number, such as a `Threshold`.
+      TypeError: max_value is neither a number nor a threshold of singular values.
 
     Edge cases:
       | NaN, infinity | make the whole matrix NaN; zeros under `nonfinite="zero"` |
@@ -82,8 +91,14 @@ def clip_singular_values(
     if nonfinite not in get_args(NonFinite):
         raise ValueError(f"unknown nonfinite, got {nonfinite!r}. Use one of {get_args(NonFinite)}.")
     check_count(steps, "steps")
-    # A learned bound would need the norms beforehand.
-    limit = max_value if isinstance(max_value, Passed) else Given(max_value, "max_value")
+    limit = as_threshold(max_value, "max_value")
+    if isinstance(limit, ParamNorm):
+        raise TypeError(
+            f"max_value must be a bound of singular values, got {limit!r}, which measures lengths."
+            " Pass a number, or use agc."
+        )
+    # These need the layout alone, and no norm beforehand.
+    given = isinstance(limit, Given | Passed)
     answer: Response = Soften("sqrt") if soft else Rescale()
     norm = Norm("unit", unit_axes=functools.partial(_matrix_axes, unit_axes), axis_name=())
     clip = _Clip(soft, method, steps, answer)
@@ -102,13 +117,23 @@ def clip_singular_values(
         groups = norm.groups(leaves)
         check_same_groups(state.stats, groups)
         context = Context(state.stats.count, norm, groups, leaves, params, extra_args)
-        # Given bounds need the layout alone.
-        zeros = jnp.zeros(groups.size)
-        found, threshold_state = limit.bound(zeros, state.threshold_state, context)
+        vector = jnp.zeros(groups.size)
+        norms: list[jax.Array] = []
+        if not given:
+            for x, axes in zip(leaves.arrays, groups.unit_axes, strict=True):
+                n = _largest(x, clip=clip, axes=axes)
+                norms.append(n.reshape(groups.unit_shapes[len(norms)]).astype(jnp.float32))
+            vector = groups.vector(groups.blocks(norms))
+        found, threshold_state = limit.bound(vector, state.threshold_state, context)
+        if isinstance(found, ElementBounds):
+            raise ValueError(
+                "bounds of elements go with an element norm, got singular values. Pass one bound a"
+                " matrix."
+            )
         bounds = non_negative(groups.blocks_of(found))
 
         clipped: list[jax.Array] = []
-        norms: list[jax.Array] = []
+        norms = []
         by_leaf = zip(leaves.arrays, groups.unit_axes, groups.by_leaf(bounds), strict=True)
         for x, axes, bound in by_leaf:
             y, n = _clipped(x, bound, clip=clip, axes=axes)
@@ -146,26 +171,42 @@ class _Clip:
             out_sharding=(sharding, NamedSharding(sharding.mesh, P())),
         )(x, bound)
 
+    def largest(self, x: jax.Array, axes: tuple[int, ...]) -> Any:
+        """Those norms alone."""
+        if (sharding := explicit_sharding(x)) is None:
+            return self._largest(x, axes)
+        return jax.sharding.auto_axes(
+            lambda x: self._largest(x, axes),
+            axes=sharding.mesh.explicit_axes,
+            out_sharding=NamedSharding(sharding.mesh, P()),
+        )(x)
+
     def _leaf(self, x: jax.Array, axes: tuple[int, ...], bound: jax.Array) -> Any:
         dtype = accumulator(x.dtype)
         c = jnp.broadcast_to(bound.astype(dtype), _kept(x.shape, axes))
-        if sum(x.shape[a] > 1 for a in axes) <= 1:
+        if _is_vector(x, axes):
             n = _length(x, axes, dtype)
             return scale_leaf(x, n, self.response.factor(n, c), "propagate"), n
-        batch = [a for a in range(x.ndim) if a not in axes]
-        order = [*batch, *axes]
-        shape = [x.shape[a] for a in order]
-        rows = math.prod(x.shape[a] for a in axes[:-1])
-        matrices = x.transpose(order).reshape(-1, rows, x.shape[axes[-1]])
+        matrices, order = _stacked(x, axes)
         y, n = self._matrices(matrices, c.reshape(-1, 1, 1))
         back = [order.index(a) for a in range(x.ndim)]
-        return y.reshape(shape).transpose(back), n.reshape(c.shape)
+        return y.reshape([x.shape[a] for a in order]).transpose(back), n.reshape(c.shape)
+
+    def _largest(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        dtype = accumulator(x.dtype)
+        if _is_vector(x, axes):
+            return _length(x, axes, dtype)
+        matrices, _ = _stacked(x, axes)
+        wide = _as_real(matrices).astype(dtype)
+        if wide.shape[1] > wide.shape[2]:
+            wide = wide.mT
+        largest = polar.largest_by_svd if self.method == "svd" else polar.largest_by_products
+        return largest(wide).reshape(_kept(x.shape, axes))
 
     def _matrices(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of `[batch, rows, columns]`, with bounds and norms `[batch, 1, 1]`."""
-        if jnp.iscomplexobj(x):  # as real matrices, whose singular values are those of x, twice
-            re, im = x.real, x.imag
-            y, n = self._matrices(jnp.block([[re, -im], [im, re]]), c)
+        if jnp.iscomplexobj(x):
+            y, n = self._matrices(_as_real(x), c)
             rows, columns = x.shape[1:]
             return jax.lax.complex(y[:, :rows, :columns], y[:, rows:, :columns]), n
         if x.shape[1] > x.shape[2]:
@@ -182,6 +223,29 @@ class _Clip:
 @once_compiled
 def _clipped(x: jax.Array, bound: jax.Array, *, clip: _Clip, axes: tuple[int, ...]) -> Any:
     return clip.leaf(x, axes, bound)
+
+
+@once_compiled
+def _largest(x: jax.Array, *, clip: _Clip, axes: tuple[int, ...]) -> Any:
+    return clip.largest(jax.lax.stop_gradient(x), axes)
+
+
+def _is_vector(x: jax.Array, axes: tuple[int, ...]) -> bool:
+    return sum(x.shape[a] > 1 for a in axes) <= 1
+
+
+def _stacked(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, list[int]]:
+    """`[batch, rows, columns]`, and the order of axes before they were joined."""
+    order = [*(a for a in range(x.ndim) if a not in axes), *axes]
+    rows = math.prod(x.shape[a] for a in axes[:-1])
+    return x.transpose(order).reshape(-1, rows, x.shape[axes[-1]]), order
+
+
+def _as_real(x: jax.Array) -> jax.Array:
+    """Complex matrices as real ones, whose singular values are the same, twice."""
+    if not jnp.iscomplexobj(x):
+        return x
+    return jnp.block([[x.real, -x.imag], [x.imag, x.real]])
 
 
 def _length(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -12,6 +12,8 @@ from tools.exploring import examples
 
 import optaxclip
 from optaxclip import clip_singular_values
+from optaxclip.thresholds.elements import SecondMoments
+from optaxclip.thresholds.rules import WindowMoments
 
 FORMS = {
     f"{method}-{'soft' if soft else 'hard'}": {"method": method, "soft": soft}
@@ -263,9 +265,69 @@ def test_a_nan_bound_that_is_traced_shows(form):
     assert np.isnan(clip(form, x, np.nan)[0]).all()
 
 
+LEARNED = optaxclip.thresholds.Learned(WindowMoments(2.0, 6, True), 3, None)
+
+
+@pytest.mark.parametrize("method", ["svd", "newton_schulz"])
+def test_a_learned_bound_follows_the_largest_singular_values(method):
+    """Of two matrices, one of them complex and one tall, and of a vector, with a spike."""
+    rng = np.random.default_rng(0)
+    levels = np.exp(0.1 * rng.standard_normal((12, 3)))
+    levels[8] *= 20
+    x = [matrix((6, 5), 8.0, 0), matrix((4, 7), 3.0, 1), np.float32([0.6, 0.8])]
+    x[1] = (x[1] + 1j * matrix((4, 7), 3.0, 2)).astype(np.complex64)
+    x[1] /= np.linalg.norm(x[1], 2)
+    tx = clip_singular_values(LEARNED, method=method)
+
+    @jax.jit
+    def run(rows):
+        def step(state, row):
+            updates, state = tx.update([level * x for level, x in zip(row, x, strict=True)], state)
+            stats = optaxclip.clip_stats(state)["clip_singular_values"]
+            return state, (updates, stats.groups.threshold)
+
+        return jax.lax.scan(step, tx.init(x), rows)[1]
+
+    updates, bounds = jax.device_get(run(np.float32(levels)))
+    # By products the largest singular value is estimated, from below, by one share of each matrix.
+    share = 1e-5 if method == "svd" else 0.05
+    for t in range(3, 12):
+        past = levels[max(0, t - 6) : t]
+        std = np.maximum(past.std(0), 0.01 * past.mean(0))
+        expected = past.mean(0) + 2 * std
+        assert (bounds[t] <= expected * (1 + 1e-5)).all()
+        assert (bounds[t] >= expected * (1 - share)).all()
+        for i, y in enumerate(updates):
+            m = np.complex128(levels[t, i] * x[i])
+            if m.ndim == 1:
+                clip = m * min(1, bounds[t, i] / np.linalg.norm(m))
+            else:
+                clip = exact(m, bounds[t, i])
+            np.testing.assert_allclose(y[t], clip, atol=2e-5 * levels[t, i], err_msg=f"{t}, {i}")
+
+
+def test_other_thresholds_of_singular_values():
+    """Where the bound is passed, split, or at most a number, the clipper is that of the number."""
+    x = [matrix((6, 5), 8.0, 0, 3.0), matrix((4, 7), 3.0, 1, 5.0)]
+    same = {
+        "passed": (optaxclip.thresholds.Passed("c"), {"c": np.float32(0.5)}),
+        "split": (optaxclip.thresholds.split_evenly(0.5 * 2**0.5), {}),
+    }
+    expected = [exact(y, 0.5) for y in x]
+    for name, (threshold, extra) in same.items():
+        tx = clip_singular_values(threshold, method="svd")
+        found, _ = tx.update(x, tx.init(x), **extra)
+        for y, z in zip(found, expected, strict=True):
+            np.testing.assert_allclose(y, z, atol=1e-5, err_msg=name)
+
+
 def test_errors():
-    with pytest.raises(TypeError, match=r"max_value must be a number, a schedule .*got Split"):
-        clip_singular_values(optaxclip.thresholds.split_evenly(1.0))
+    with pytest.raises(TypeError, match=r"max_value must be a number, a schedule .*got 'big'"):
+        clip_singular_values("big")
+    with pytest.raises(TypeError, match=r"bound of singular values, got ParamNorm.* or use agc"):
+        clip_singular_values(optaxclip.thresholds.ParamNorm(0.1))
+    with pytest.raises(ValueError, match=r"element norm, got singular values\. Pass one bound a"):
+        clipped(np.ones((2, 2), np.float32), SecondMoments(1.0, 0.9, 1))
     with pytest.raises(ValueError, match=r"unknown method, got 'qr'\. Use one of"):
         clip_singular_values(1.0, method="qr")
     with pytest.raises(ValueError, match=r"max_value must be >= 0, got -1"):

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip.thresholds import multiple_of_quantile
+from optaxclip.thresholds import Learned, multiple_of_quantile
+from optaxclip.thresholds.rules import WindowMoments
 
 INF = float("inf")
 
@@ -36,6 +37,11 @@ def _feedback(max_norm):
 
 def _skipping(max_norm):
     return optaxclip.skip_outliers(optaxclip.clip_by_global_norm(max_norm))
+
+
+def _singular_learned(num_stds):
+    rule = WindowMoments(num_stds, 4, True)
+    return optaxclip.clip_singular_values(Learned(rule, 2, 2), steps=6)
 
 
 # name: (factory, bound, the other arguments)
@@ -120,6 +126,7 @@ CLIPPERS = {
         0.1,
         {"soft": True, "nonfinite": "zero", "steps": 6},
     ),
+    "singular-learned": (_singular_learned, 3.0, {}),
     "feedback": (_feedback, 0.5, {}),
     "drop": (_drop, 0.5, {}),
     "skip-nonfinite": (_guarded, 0.5, {}),
@@ -174,6 +181,7 @@ UNBOUNDED_AT_FIRST = (
     "zclip-published-units",
     "adagc",
     "history",
+    "singular-learned",
     "spam",
     "spam-no-stats",
     "spam-published",
@@ -184,7 +192,7 @@ UNBOUNDED_AT_FIRST = (
 
 def is_adaptive(name):
     learned = ("optaxclip.clippers.learned", "optaxclip.clippers.elements")
-    return CLIPPERS[name][0].__module__ in learned
+    return CLIPPERS[name][0].__module__ in learned or name == "singular-learned"
 
 
 def static_arguments(name):
