@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -319,6 +320,30 @@ def test_other_thresholds_of_singular_values():
         found, _ = tx.update(x, tx.init(x), **extra)
         for y, z in zip(found, expected, strict=True):
             np.testing.assert_allclose(y, z, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1e-3])
+def test_mucon_is_a_chain(tau):
+    """Of momentum; far below all singular values it is Muon, times tau."""
+    grads = np.stack([matrix((6, 5), 8.0, seed) for seed in range(4)])
+    tx = optax.chain(
+        optax.trace(0.9, nesterov=True), optax.scale(1 - 0.9), clip_singular_values(tau)
+    )
+
+    @jax.jit
+    def run(grads):
+        step = lambda state, g: tx.update(g, state)[::-1]
+        return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+
+    found, momentum = run(grads), np.zeros((6, 5))
+    for g, y in zip(np.float64(grads), found, strict=True):
+        momentum = 0.9 * momentum + 0.1 * g
+        nesterov = 0.9 * momentum + 0.1 * g
+        np.testing.assert_allclose(y, exact(nesterov, tau), atol=2e-6)
+    if tau == 1e-3:
+        u, s, vt = np.linalg.svd(nesterov, full_matrices=False)
+        assert s.min() > tau
+        np.testing.assert_allclose(found[-1] / tau, u @ vt, atol=2e-3)
 
 
 def test_errors():

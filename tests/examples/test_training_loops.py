@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from tools.running import PNG, run, succeeded
 
@@ -64,6 +65,18 @@ def test_batch_size_measures_what_its_page_shows(tmp_path):
     assert f"| transformer, step 40 | {whole[-1]:.1f} | {norm[-1]:.1f} |" in done.stdout
     assert "old" not in page.read_text("utf-8")
     assert (tmp_path / "batch_size.png").read_bytes().startswith(PNG)
+
+
+def test_mucon_with_a_small_bound_is_muon(tmp_path):
+    quick = ("--steps", 30, "--taus", 1e-3, 1.0, "--out", tmp_path)
+    done = succeeded(run("mucon.py", *quick))
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    adam, muon, small, large = (np.mean(x[-5:]) for x in found.values())
+    assert adam < 4 < found["Adam"][0]
+    assert small == pytest.approx(muon, abs=0.1)
+    assert large > small + 0.2
+    assert "MuCon, tau 0.001" in done.stdout
+    assert (tmp_path / "mucon.png").read_bytes().startswith(PNG)
 
 
 def test_fsdp_transformer_learns_with_everything_split_but_the_statistics():
