@@ -77,10 +77,20 @@ def test_under_jit_it_is_that_of_all_examples(grads, kind):
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         split = jax.device_put(grads, NamedSharding(mesh, P("data")))
-        run = jax.jit(lambda g: by_leaf.update(g, by_leaf.init(PARAMS), PARAMS)[1])
-        found = float(run(split).noise_scale)
+        mean, norms = jax.device_put(mean_and_norms(grads)[0]), mean_and_norms(grads)[1]
+        norms = jax.device_put(norms, NamedSharding(mesh, P("data")))
+        rows = jax.device_put(np.asarray(mean["w"]), NamedSharding(mesh, P("data")))
+
+        @jax.jit
+        def run(grads, mean, norms):
+            first = by_leaf.update(grads, by_leaf.init(PARAMS), PARAMS)[1]
+            second = whole.update(mean, whole.init(PARAMS), PARAMS, example_norms=norms)[1]
+            return first, second
+
+        states = run(split, {**mean, "w": rows}, norms)
+        found = [float(state.noise_scale) for state in states]
     noise, signal = estimates(grads)
-    np.testing.assert_allclose(found, noise / signal, rtol=1e-5)
+    np.testing.assert_allclose(found, [noise / signal] * 2, rtol=1e-5)
 
 
 def test_a_mean_that_was_not_reduced_is_refused(grads):

@@ -183,6 +183,18 @@ def test_bfloat16_is_added_in_float32():
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(state))
 
 
+def test_complex_gradients_count_with_their_modulus_by_norms_alone():
+    rng = np.random.default_rng(0)
+    z = np.complex64(1 + rng.standard_normal((B, 4)) + 1j * rng.standard_normal((B, 4)))
+    params, norms = np.zeros(4, np.complex64), np.linalg.norm(z, axis=1)
+    tx = optaxclip.watch_noise_scale(by="global")
+    _, state = tx.update(z.mean(0), tx.init(params), params, example_norms=norms)
+    noise, signal = estimates(np.stack([z.real, z.imag], -1))
+    np.testing.assert_allclose(state.noise_scale, noise / signal, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"must be real, got complex ones\. Pass their mean and"):
+        tx.update(z, tx.init(params), params)
+
+
 def test_extremes():
     """No noise is 0; noise without a gradient the largest float; both nothing 0; one leaf alone."""
     tx = optaxclip.watch_noise_scale()

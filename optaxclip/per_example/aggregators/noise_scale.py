@@ -15,7 +15,7 @@ from optaxclip._numerics import accumulator, as_float32
 from optaxclip.measure.norms import Norm
 from optaxclip.per_example.aggregators.statistics import noise_terms, ratio_of
 from optaxclip.per_example.forms.explicit_axes import of_gradients
-from optaxclip.per_example.forms.incoming import Incoming, check_like_params, sq_norm, total
+from optaxclip.per_example.forms.incoming import Incoming, check_like_params, total
 from optaxclip.per_example.forms.trees import cast, masked
 
 # A mean is no longer than what it is the mean of; rounding to bfloat16 makes this much of it.
@@ -160,14 +160,15 @@ def watch_noise_scale(
             )
         example_norms = extra_args.get("example_norms")
         if example_norms is None:
-            noise, signal, known = _of_examples(updates, params, norm)
+            terms, known = _of_examples(updates, params, norm)
         elif by == "leaf":
             raise ValueError(
                 "example_norms are of all leaves together, got them for by='leaf'. Pass"
                 " by='global', or per-example gradients."
             )
         else:
-            noise, signal, known = _of_norms(jnp.asarray(example_norms), updates, params, norm)
+            terms, known = _of_norms(jnp.asarray(example_norms), updates, params, norm)
+        noise, signal = terms[0]
         if by == "global":
             noise, signal = (jnp.sum(x, keepdims=True) for x in (noise, signal))
         before = state.weight, state.terms.noise, state.terms.signal
@@ -186,12 +187,21 @@ class _Average:
 
 
 @of_gradients
-def _of_examples(grads: Tree, params: Tree, norm: Norm) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The two terms of each leaf, and whether there were examples enough."""
+def _of_examples(grads: Tree, params: Tree, norm: Norm) -> tuple[jax.Array, jax.Array]:
+    """The two terms of each leaf, [1, 2, leaves], and whether there were examples enough.
+
+    The first axis is there so that a mesh does not take them for numbers of the examples.
+    """
     incoming = Incoming.of(grads, params)
     _check_several(incoming.size)
     positions = norm.leaves(incoming.like).positions
-    forms = [cast(incoming.forms[i], accumulator(incoming.forms[i].dtype)) for i in positions]
+    forms = [incoming.forms[i] for i in positions]
+    if any(jnp.issubdtype(form.dtype, jnp.complexfloating) for form in forms):
+        raise ValueError(
+            "per-example gradients must be real, got complex ones. Pass their mean and"
+            " example_norms, with by='global'."
+        )
+    forms = [cast(form, accumulator(form.dtype)) for form in forms]
     squares = [form.sq_norm() for form in forms]
     finite = jnp.isfinite(total(squares, incoming.size))
     number = jnp.sum(finite, dtype=jnp.float32)
@@ -199,7 +209,7 @@ def _of_examples(grads: Tree, params: Tree, norm: Norm) -> tuple[jax.Array, jax.
     share = finite / n
     m = [jnp.sum(jnp.where(finite, as_float32(x), 0)) / n for x in squares]
     means = [masked(form, finite).weighted_sum(share.astype(form.dtype)) for form in forms]
-    s = [as_float32(sq_norm([mean])) for mean in means]
+    s = [_sq_length(mean) for mean in means]
     noise, signal = noise_terms(jnp.stack(m), jnp.stack(s), n)
     known = (number >= 2) & jnp.all(jnp.isfinite(noise) & jnp.isfinite(signal))
     if axes := varying_axes(noise):
@@ -209,13 +219,14 @@ def _of_examples(grads: Tree, params: Tree, norm: Norm) -> tuple[jax.Array, jax.
             for x in (noise, signal)
         )
         known = devices > 0
-    return noise, signal, known
+    return jnp.stack([noise, signal])[None], known
 
 
+@of_gradients
 def _of_norms(
     norms: jax.Array, mean: Tree, params: Tree, norm: Norm
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The two terms of the whole, [1], and whether they are finite."""
+) -> tuple[jax.Array, jax.Array]:
+    """The same of the whole, [1, 2, 1]."""
     check_like_params(mean, params)
     if norms.ndim != 1 or not jnp.issubdtype(norms.dtype, jnp.floating):
         raise ValueError(
@@ -236,11 +247,18 @@ def _of_norms(
     else:
         _check_several(len(norms))
     n = jnp.maximum(number, 2)
-    m, s = squares / n, as_float32(sq_norm(leaves.arrays))
+    m, s = squares / n, sum(map(_sq_length, leaves.arrays), jnp.zeros((), jnp.float32))
     noise, signal = noise_terms(m, s, n)
     known = (number >= 2) & jnp.isfinite(noise) & jnp.isfinite(signal)
     noise = jnp.where(s > _LONGEST * m, jnp.nan, noise)
-    return noise[None], signal[None], known
+    return jnp.stack([noise, signal])[None, :, None], known
+
+
+def _sq_length(x: jax.Array) -> jax.Array:
+    """No product, whose precision would be the default."""
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    squares = [jnp.sum(jnp.square(p.astype(accumulator(p.dtype)))) for p in parts]
+    return as_float32(sum(squares[1:], squares[0]))
 
 
 def _check_several(size: int) -> None:
