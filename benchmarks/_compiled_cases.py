@@ -44,6 +44,7 @@ OURS: dict[str, Callable[..., Any]] = {
     "history": optaxclip.clip_by_history,
     "quantile": optaxclip.clip_by_quantile,
     "autoclip": optaxclip.autoclip,
+    "stabilizer": optaxclip.gradient_stabilizer,
     "adaclip": optaxclip.adaclip,
     "spam": optaxclip.spam_clip,
 }

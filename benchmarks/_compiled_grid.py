@@ -17,6 +17,7 @@ COUNTERPARTS = {
     "history": "clip_by_global_norm",
     "quantile": "clip_by_global_norm",
     "autoclip": "clip_by_global_norm",
+    "stabilizer": "clip_by_block_rms",
     "adaclip": "clip_by_block_rms",
     "spam": None,
 }

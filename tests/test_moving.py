@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import re
 
 import jax
@@ -259,3 +260,18 @@ def test_line_does_what_it_says(there):
 def test_every_line_of_the_page_is_held():
     page = (ROOT / "docs" / "how_to" / "moving.md").read_text()
     assert re.findall(r"^\| `([^`]+)`", page, flags=re.MULTILINE) == list(HELD)
+
+
+def test_names_that_moved_are_where_the_page_says():
+    page = (ROOT / "docs" / "how_to" / "from_0_1_0.md").read_text()
+    rows = re.findall(r"^\| (`.*`) \| (`.*`) \|$", page.partition("## Guards")[0], re.MULTILINE)
+    pairs = [
+        (old, new)
+        for row in rows
+        for old, new in zip(*(re.findall(r"`([\w.]+)`", cell) for cell in row), strict=True)
+    ]
+    assert len(pairs) > 15
+    for old, new in pairs:
+        assert not hasattr(optaxclip, old)
+        assert new.endswith(f".{old}")
+        assert operator.attrgetter(new)(optaxclip) is not None

@@ -119,11 +119,12 @@ def estimated(call: Call, seen: Seen | UnseenError, groups: Sequence[int]) -> Co
 
 
 def best_size(examples: int, parts: int) -> int | None:
-    """As many examples at a time as make so many parts, or a few less; None for all."""
-    sizes = [d for d in range(1, examples + 1) if examples % d == 0 and d * parts <= examples]
-    if parts == 1 or not sizes or 4 * sizes[-1] * parts < examples:
+    """As many examples at a time as make so many parts, or up to four times as many; None: all."""
+    if parts == 1:
         return None
-    return sizes[-1]
+    fitting = (n for n in range(parts, min(4 * parts, examples) + 1) if examples % n == 0)
+    number = next(fitting, None)
+    return None if number is None else examples // number
 
 
 def in_parts(
