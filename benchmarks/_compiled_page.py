@@ -76,10 +76,10 @@ NAMES = """Trees: 25 leaves of 1024x1024 and 300 of 256x256, in float32, and "lm
 parameters, 1.0e9 numbers, of a language model, with gradients in bf16, parameters and moments in
 float32. Short names stand for `clip_by_value` with statistics, `clip_by_global_norm`,
 `clip_by_leaf_norm`, `clip_by_leaf_rms` (rms), `clip_by_unit_norm`, `soft_clip`, `clip_by_history`,
-`clip_by_quantile`, `gradient_stabilizer` and `spam_clip`. Optax's counterparts are `clip`, `clip_by_global_norm`,
-`clip_by_block_rms` and `adaptive_grad_clip`: for a learned bound the one of as many norms, and for
-`clip_by_unit_norm`, which has none, `adaptive_grad_clip`, although it reads the parameters too.
-`spam_clip` has none: it reads and writes a state of the size of the parameters."""
+`clip_by_quantile`, `gradient_stabilizer` and `spam_clip`. Optax's counterparts are `clip`,
+`clip_by_global_norm`, `clip_by_block_rms` and `adaptive_grad_clip`: for a learned bound the one of
+as many norms, and for `clip_by_unit_norm`, which has none, `adaptive_grad_clip`, although it reads
+the parameters too. `clippy` reads them as well. `spam_clip` has no counterpart: it reads and writes a state of the size of the parameters."""
 
 
 def page(versions: dict[str, str], rows: list[Row]) -> str:
