@@ -260,20 +260,23 @@ class Rates:
     """One byte read or written."""
     holding: int
     """One byte more of temporary memory in a call."""
+    free: int
+    """Bytes that a call may hold whatever a plain gradient holds."""
     written_out_waits: bool
     """Whether parts of a program with barriers between them share their memory."""
 
 
-CPU = Rates(moving=7, holding=25, written_out_waits=False)
+CPU = Rates(moving=7, holding=25, free=2**24, written_out_waits=False)
 """2 cores: 50 to 100 GFLOP/s. Temporary memory is asked of the system at each call: of a language
 model (32 x 64 tokens) one pass takes 1.26x a plain gradient in one part, which holds 249 MB, and
 0.77x in four; of a vision transformer stacked gradients take 1.30x and 0.86x, one pass 1.19x and
 1.01x (medians of interleaved rounds). With 7 operations a byte the estimate takes the faster of one
 pass and stacking for 20 of 22 models of `benchmarks/per_example.py`."""
-ACCELERATOR = Rates(moving=20, holding=0, written_out_waits=True)
+ACCELERATOR = Rates(moving=20, holding=0, free=2**29, written_out_waits=True)
 """An H100 takes 20 operations of float32 in the time of one byte, a v5e 40 at the precision of
-norms. Parts cost time: 1.55x, 1.63x and 1.92x a plain gradient in one, two and four (cycles by the
-compiler of a v5e, a language model of 16 x 256 tokens)."""
+norms. Parts cost time, by the compiler of a v5e: a language model of 16 x 256 tokens takes 1.55x,
+1.63x and 1.92x the cycles of a plain gradient in one, two and four, an LSTM 1.39x and 2.05x in one
+and two. So what is small next to 16 GB is free."""
 
 
 def by_rates(of: Callable[[Rates], Any], run: Callable[[Any], Callable], *operands: Any) -> Any:

@@ -142,16 +142,21 @@ def test_micro_batch_sizes_are_checked(size, error, message):
         reweighted_grad(mlp, clip, microbatch_size=size)(mlp_params(5, 3), mlp_batch())
 
 
-MB = 10**6
+GB, MB = 10**9, 10**6
 
 
-def taken(rates=ACCELERATOR, *, examples=64, size="auto", memory=None, twice=True, **costs):
-    """What is chosen for costs in MB, and in how many parts."""
+def taken(
+    rates=ACCELERATOR, unit=GB, *, examples=64, size="auto", memory=None, twice=True, **costs
+):
+    """What is chosen for costs in a unit, and in how many parts."""
     given = {"parameters": 1, "factors": 50, "stacked": 10**6, "residuals": 100, **costs}
     parameters, factors, stacked, residuals, norms, forward = (
-        int(given.get(name, 0) * MB)
-        for name in ("parameters", "factors", "stacked", "residuals", "norms", "forward")
-    )
+        int(given.get(name, default) * unit)
+        for name, default in (
+            ("parameters", 0), ("factors", 0), ("stacked", 0), ("residuals", 0), ("norms", 0),
+            ("forward", 10**5),
+        )
+    )  # fmt: skip
     costs = Costs(
         parameters, factors, stacked, residuals, norms, held_by_one=factors,
         forward_flops=forward, convolves=given.get("convolves", False),
@@ -167,17 +172,22 @@ def taken(rates=ACCELERATOR, *, examples=64, size="auto", memory=None, twice=Tru
         ({"factors": 50}, 2),
         ({"factors": 5}, 1),
         ({"factors": 401}, 8),
-        ({"factors": 1.5, "residuals": 2}, 1),  # next to nothing
-        ({"factors": 60, "residuals": 100, "parameters": 80}, 1),  # a total holds as much
+        ({"factors": 60, "parameters": 80}, 1),  # a total holds as much
+        ({"factors": 50, "forward": 1}, 1),  # parts would take longer than the gradient
     ],
 )
 def test_an_accelerator_takes_as_few_parts_as_fit(costs, parts):
     assert taken(**costs) == ("one_pass", parts)
 
 
+def test_little_memory_is_free():
+    assert taken(ACCELERATOR, MB, factors=300) == ("one_pass", 1)
+    assert taken(CPU, MB, factors=1.5, residuals=2) == ("one_pass", 1)
+
+
 def test_a_cpu_takes_parts_for_speed():
-    assert taken(CPU, factors=5) == ("one_pass", 8)
-    assert taken(CPU, factors=5, residuals=10) == ("one_pass", 1)
+    assert taken(CPU, MB, factors=5) == ("one_pass", 8)
+    assert taken(CPU, MB, factors=5, residuals=10) == ("one_pass", 1)
 
 
 def test_convolutions_are_not_cut_on_a_cpu():
@@ -188,10 +198,10 @@ def test_convolutions_are_not_cut_on_a_cpu():
 
 
 def test_two_passes_only_where_nothing_else_fits_a_batch_that_is_whole():
-    assert taken(size=None, factors=90, forward=1) == ("one_pass", 1)
-    assert taken(size=None, factors=110, forward=1) == ("two_pass", 1)
-    assert taken(size=None, factors=110, forward=1, twice=False) == ("one_pass", 1)
-    assert taken(size=None, factors=110, stacked=80, forward=1) == ("vmap", 1)
+    assert taken(size=None, factors=90) == ("one_pass", 1)
+    assert taken(size=None, factors=110) == ("two_pass", 1)
+    assert taken(size=None, factors=110, twice=False) == ("one_pass", 1)
+    assert taken(size=None, factors=110, stacked=80) == ("vmap", 1)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +210,8 @@ def test_two_passes_only_where_nothing_else_fits_a_batch_that_is_whole():
         (3.0, ("one_pass", 1)),
         (1.2, ("one_pass", 4)),
         (0.5, ("one_pass", 8)),
-        (120 * MB, ("one_pass", 4)),
-        (1000 * MB, ("one_pass", 1)),
+        (120 * GB, ("one_pass", 4)),
+        (1000 * GB, ("one_pass", 1)),
         (1.01, ("one_pass", 4)),
     ],
 )
@@ -210,8 +220,8 @@ def test_memory_is_what_fits(memory, found):
 
 
 def test_memory_may_ask_for_two_passes():
-    assert taken(size=None, factors=50, memory=1.1, forward=1) == ("two_pass", 1)
-    assert taken(size=None, factors=50, memory=1.6, forward=1) == ("one_pass", 1)
+    assert taken(size=None, factors=50, memory=1.1) == ("two_pass", 1)
+    assert taken(size=None, factors=50, memory=1.6) == ("one_pass", 1)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ _TRAVELS = 3
 # take no weight gradients the first time.
 _OF_FORWARD = 3
 _SECOND_BACK = 2
-# What a batch may hold without counting: caches and heaps are this large.
-_FREE_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +46,11 @@ class Costs:
     """Whether few micro-batches are written out, not looped over."""
 
     @property
+    def plain_flops(self) -> int:
+        """Of a plain gradient, about."""
+        return _OF_FORWARD * self.forward_flops
+
+    @property
     def plain_bytes(self) -> int:
         """Held by a plain gradient."""
         return max(self.parameter_bytes, self.residual_bytes)
@@ -68,7 +71,7 @@ class Costs:
         """Operations, and bytes as so many operations, beyond those of a plain gradient."""
         moved = self.stacked_bytes if method == "vmap" else 0
         moved += parts * self.parameter_bytes if parts > 1 else 0
-        held = max(0, self.memory(method, parts, rates) - _FREE_BYTES)
+        held = max(0, self.memory(method, parts, rates) - rates.free)
         found = rates.moving * _TRAVELS * moved + rates.holding * held
         if method == "two_pass":
             found += _SECOND_BACK * self.forward_flops
@@ -82,7 +85,7 @@ class Costs:
         held = self.memory(method, parts, rates)
         if isinstance(memory, int):
             return held <= memory
-        return held <= max(memory * self.plain_bytes, _FREE_BYTES, 2 * self.parameter_bytes)
+        return held <= max(memory * self.plain_bytes, rates.free, 2 * self.parameter_bytes)
 
 
 def costs_of(
