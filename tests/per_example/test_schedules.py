@@ -197,6 +197,11 @@ def test_convolutions_are_not_cut_on_a_cpu():
     assert taken(ACCELERATOR, factors=2000, convolves=True)[1] <= 8
 
 
+def test_stacked_convolutions_are_dear():
+    assert taken(stacked=40, norms=10**4) == ("vmap", 2)
+    assert taken(stacked=40, norms=10**4, convolves=True) == ("one_pass", 2)
+
+
 def test_two_passes_only_where_nothing_else_fits_a_batch_that_is_whole():
     assert taken(size=None, factors=90) == ("one_pass", 1)
     assert taken(size=None, factors=110) == ("two_pass", 1)
