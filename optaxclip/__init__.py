@@ -63,4 +63,4 @@ from optaxclip.wrappers.guards import raise_if_stuck as raise_if_stuck
 from optaxclip.wrappers.guards import skip_nonfinite as skip_nonfinite
 from optaxclip.wrappers.guards import skip_outliers as skip_outliers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
