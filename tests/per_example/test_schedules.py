@@ -119,6 +119,29 @@ def test_micro_batches_change_nothing(method, size):
     close(found, whole, 1e-10)
 
 
+def test_micro_batches_with_convolutions_change_nothing():
+    """Few of them are written out, with the keys of examples and what a loss returns besides."""
+
+    def fun(w, x, key):
+        y = jax.lax.conv_general_dilated(x[None, None], w, (1,), "SAME")[0]
+        y = y * jax.random.bernoulli(key, 0.5, y.shape)
+        return jnp.sum(jnp.sin(y)), {"key": key, "size": y.size, "y": y}
+
+    w, x, key = normal(0, 3, 1, 3), normal(1, 8, 6), jax.random.key(0)
+
+    def of(size):
+        options = {"microbatch_size": size, "has_aux": True, "prng_argnum": 2}
+        return reweighted_grad(fun, clip, **options)
+
+    whole = quick_jit(of(None))(w, x, key)
+    keys = whole.aux.pop("key")
+    for size in (4, 2):
+        assert "scan[" not in str(jax.make_jaxpr(of(size))(w, x, key))
+        some = quick_jit(of(size))(w, x, key)
+        assert jnp.all(some.aux.pop("key") == keys)
+        close(some, whole, 1e-10)
+
+
 def test_micro_batches_add_in_float32():
     """128 ones and then halves: in bfloat16 the total would stop at 128 or 256."""
     x = np.repeat(np.float32([2.0, 0.5]), [128, 256])
