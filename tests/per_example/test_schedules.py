@@ -8,7 +8,8 @@ from tools.agreement import close, normal, stacked_grads
 from tools.models import mlp, mlp_batch, mlp_params
 from tools.quick import quick_jit
 
-from optaxclip.measure.platforms import ACCELERATOR, CPU
+from optaxclip.measure import platforms
+from optaxclip.measure.platforms import ACCELERATOR, CPU, Rates
 from optaxclip.per_example import clipped_grad, explain, reweighted_grad
 from optaxclip.per_example.schedules.choice import Chooser, best_size
 from optaxclip.per_example.schedules.costs import Costs
@@ -272,6 +273,23 @@ def test_memory_is_checked(memory, method, error, message):
 def test_memory_says_nothing_of_gradients_that_are_transformed():
     with pytest.raises(ValueError, match=r"None with a pre_clipping_transform, got 1\.5"):
         clipped_grad(mlp, l2_clip_norm=1.0, pre_clipping_transform=lambda g: g * 2, memory=1.5)
+
+
+def test_each_platform_takes_its_own_choice(monkeypatch):
+    """The program holds both, and a CPU runs its own: in parts, with padding, in eager mode too."""
+    data, padding = mlp_batch(), np.arange(6) % 3 == 0
+    grad = clipped_grad(mlp, l2_clip_norm=1.0, keep_batch_dim=False, return_grad_norms=True)
+    one = jax.jit(grad)(mlp_params(5, 3), data, is_padding_example=padding)
+    assert "platform_index" not in str(jax.make_jaxpr(grad)(mlp_params(5, 3), data))
+    monkeypatch.setattr(
+        platforms, "CPU", Rates(moving=0, holding=10**9, free=0, written_out_waits=True)
+    )
+    grad = clipped_grad(mlp, l2_clip_norm=1.0, keep_batch_dim=False, return_grad_norms=True)
+    program = str(jax.make_jaxpr(grad)(mlp_params(5, 3), data))
+    assert "platform_index" in program
+    assert program.count("scan[") == 1
+    for fun in (jax.jit(grad), grad):
+        close(fun(mlp_params(5, 3), data, is_padding_example=padding), one, 1e-10)
 
 
 def test_the_loss_is_traced_once():
