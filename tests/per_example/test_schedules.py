@@ -280,14 +280,15 @@ def test_each_platform_takes_its_own_choice(monkeypatch):
     data, padding = mlp_batch(), np.arange(6) % 3 == 0
     grad = clipped_grad(mlp, l2_clip_norm=1.0, keep_batch_dim=False, return_grad_norms=True)
     one = jax.jit(grad)(mlp_params(5, 3), data, is_padding_example=padding)
-    assert "platform_index" not in str(jax.make_jaxpr(grad)(mlp_params(5, 3), data))
+    whole = str(jax.make_jaxpr(grad)(mlp_params(5, 3), data))
+    assert "platform_index" not in whole
     monkeypatch.setattr(
         platforms, "CPU", Rates(moving=0, holding=10**9, free=0, written_out_waits=True)
     )
     grad = clipped_grad(mlp, l2_clip_norm=1.0, keep_batch_dim=False, return_grad_norms=True)
     program = str(jax.make_jaxpr(grad)(mlp_params(5, 3), data))
     assert "platform_index" in program
-    assert program.count("scan[") == 1
+    assert program.count("scan[") == 2 * whole.count("scan[") + 1
     for fun in (jax.jit(grad), grad):
         close(fun(mlp_params(5, 3), data, is_padding_example=padding), one, 1e-10)
 
