@@ -10,7 +10,7 @@ COUNTERPARTS = {
     "rms": "clip_by_block_rms",
     "unit": "adaptive_grad_clip",
     "agc": "adaptive_grad_clip",
-    "clippy": "clip_by_block_rms",
+    "clippy": "adaptive_grad_clip",
     "soft": "clip_by_global_norm",
     "zclip": "clip_by_global_norm",
     "adagc": "clip_by_block_rms",

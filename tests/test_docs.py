@@ -14,6 +14,7 @@ from tools.pages import PAGES, ROOT, anchors, blocks, links, name, unlabelled
 import optaxclip
 from optaxclip.per_example.engine import registry
 
+PEER = "jax-privacy (micro-batch)"
 README = ROOT / "README.md"
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
@@ -69,17 +70,27 @@ def test_guides_mention_every_public_name():
     assert [name for name in public() if name not in text and not is_state(name)] == []
 
 
-def test_readme_quotes_the_measured_tables():
+def test_readme_quotes_the_tables():
     """The tables themselves are written by the benchmarks."""
-    steps = table(ROOT / "docs" / "step_overhead.md", "clipper")
+    docs = ROOT / "docs"
     quoted = table(README, "clipper")
-    trees = list(next(iter(quoted.values())))
     assert len(quoted) > 3
-    assert quoted == {name: {tree: steps[name][tree] for tree in trees} for name in quoted}
-    rows = table(ROOT / "docs" / "per_example_cost.md", "model").values()
-    for column in ("auto", "jax-privacy (micro-batch)"):
-        times = [float(row[column].partition("x")[0]) for row in rows]
-        assert f"{min(times):.2f} to {max(times):.2f} times" in README.read_text()
+    pages = {
+        "CPU, time": (docs / "step_overhead.md", None, "25 x 1024x1024"),
+        "TPU v5e, cycles": (docs / "compiled_cost.md", "### TPU v5e, 25x1024", "cycles / Adam"),
+        "H100, bytes": (docs / "compiled_cost.md", "### H100, 25x1024", "bytes / Adam"),
+    }
+    for column, (page, after, theirs) in pages.items():
+        found = table(page, "clipper", after)
+        assert {k: row[column] for k, row in quoted.items()} == {
+            k: found[k][theirs] for k in quoted
+        }
+    rows, quoted = table(docs / "per_example_cost.md", "model"), table(README, "model")
+    assert len(quoted) > 3
+    columns = {"optaxclip": "auto", "jax-privacy": PEER, "stacked": "vmap"}
+    for model, row in quoted.items():
+        found = {ours: rows[model][theirs].partition(" (")[0] for ours, theirs in columns.items()}
+        assert row == found, model
 
 
 def test_reference_describes_every_public_name():
@@ -88,9 +99,10 @@ def test_reference_describes_every_public_name():
     assert [name for name in public() if name not in described] == []
 
 
-def table(page: Path, corner: str) -> dict[str, dict[str, str]]:
-    """The first table with `corner` in its head: row by row, the cells by column."""
+def table(page: Path, corner: str, after: str | None = None) -> dict[str, dict[str, str]]:
+    """The first table with `corner` in its head, or the first after a line: cells by column."""
     lines = page.read_text().splitlines()
+    lines = lines if after is None else lines[lines.index(after) :]
     at = next(i for i, line in enumerate(lines) if line.startswith(f"| {corner} |"))
     head = cells(lines[at])[1:]
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[at + 2 :])
