@@ -25,6 +25,15 @@ def test_equinox_loop_learns_and_counts():
     assert re.search(r"of 300 steps clipped", done.stdout)
 
 
+def test_grain_finds_the_record_that_stopped_a_step():
+    done = succeeded(run("nnx_grain.py"))
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+|nan)", done.stdout)]
+    assert losses[-1] < losses[0] / 2
+    left_out = [int(x) for x in re.findall(r"(\d+) left out", done.stdout)]
+    assert 1 < left_out[0] < left_out[-1]
+    assert re.findall(r"first left out: step \d+, for record (\d+)", done.stdout) == ["1000"]
+
+
 def test_unstable_training_needs_a_clipper(tmp_path):
     arguments = ("--quick", "--clippers", "none", "zclip", "--out", tmp_path)
     done = succeeded(run("unstable_training.py", *arguments, hurry=False))
