@@ -275,3 +275,86 @@ def test_names_that_moved_are_where_the_page_says():
         assert not hasattr(optaxclip, old)
         assert new.endswith(f".{old}")
         assert operator.attrgetter(new)(optaxclip) is not None
+
+
+# --- threads of other trackers ---
+
+
+def norm_comes_out():
+    state = ours(optax.chain(optaxclip.clip_by_global_norm(C), optax.adam(0.1)))[1]
+    found = optaxclip.clip_stats(state)["clip_by_global_norm"].pre_clip_norm
+    np.testing.assert_allclose(found, total(GRADS), rtol=1e-6)
+
+
+def a_bound_that_falls_to_zero():
+    tx = optaxclip.clip_by_global_norm(optax.linear_schedule(1.0, 0.0, 1))
+    zeros = jax.tree.map(np.zeros_like, GRADS)
+    (_, before), (updates, state) = in_a_row(tx, zeros, 2)
+    bounds = [optaxclip.clip_stats(s)["clip_by_global_norm"].threshold for s in (before, state)]
+    assert bounds == [1.0, 0.0]
+    same(updates, zeros)
+    summed = lambda grads: sum(map(jnp.sum, jax.tree.leaves(tx.update(grads, state, PARAMS)[0])))
+    derivative = quick.run(jax.grad(summed), zeros)
+    assert all(np.isfinite(x).all() for x in derivative.values())
+
+
+def counters_of_a_guard():
+    tx = optaxclip.skip_nonfinite(optax.sgd(0.1), max_consecutive=2)
+    state, update = tx.init(PARAMS), quick_jit(tx.update)
+    counted = []
+    for grads in (BAD, BAD, BAD, GRADS, BAD):
+        updates, state = update(grads, state, PARAMS)
+        assert all(np.isfinite(x).all() for x in updates.values())
+        counted.append((int(state.consecutive_count), int(state.skipped_count)))
+    assert counted == [(1, 1), (2, 2), (3, 3), (0, 3), (1, 4)]
+
+
+def one_norm_in_float32():
+    """Squares of bfloat16 added in bfloat16 stop at 256 times the first."""
+    ones = {"b": jnp.ones(2, jnp.bfloat16), "w": jnp.ones((300, 300), jnp.bfloat16)}
+    tx = optaxclip.clip_by_global_norm(150.0)
+    updates, state = quick_jit(lambda g: tx.update(g, tx.init(g), g))(ones)
+    stats = optaxclip.clip_stats(state)["clip_by_global_norm"]
+    np.testing.assert_allclose(stats.pre_clip_norm, np.sqrt(90002), rtol=1e-6)
+    expected = jnp.asarray(150 / np.sqrt(90002), jnp.bfloat16)
+    np.testing.assert_array_equal(updates["w"], jnp.full((300, 300), expected))
+
+
+def tied_weights():
+    """An embedding that is the last layer too: its two gradients overlap."""
+    table = {"table": np.float32(np.arange(15).reshape(5, 3) % 4 - 1.5)}
+    tokens = np.array([[0, 1, 1], [2, 2, 3], [4, 0, 2], [1, 1, 1]])
+
+    def tied(params, tokens):
+        hidden = jnp.tanh(params["table"][tokens[:-1]])
+        logits = hidden @ params["table"].T
+        return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(2), tokens[1:]])
+
+    rows = quick.run(jax.vmap(jax.grad(tied), (None, 0)), table, tokens)["table"]
+    norms = np.sqrt(np.sum(np.square(np.float64(rows)), axis=(1, 2)))
+    found = quick.run(optaxclip.per_example_norms(tied), table, tokens)
+    np.testing.assert_allclose(found, norms, rtol=1e-5)
+    grads = quick.run(optaxclip.per_example_grad(tied), table, tokens)
+    tx = optaxclip.clip_per_example(1.0, mean="sum")
+    updates = quick_jit(lambda g: tx.update(g, tx.init(table), table)[0])(grads)
+    expected = np.tensordot(np.minimum(1, 1 / norms), rows, 1)
+    np.testing.assert_allclose(updates["table"], expected, rtol=1e-5, atol=1e-6)
+
+
+THREADS = {
+    "optax #326": norm_comes_out,
+    "optax #1752": a_bound_that_falls_to_zero,
+    "optax #1746": counters_of_a_guard,
+    "maxtext #5143": one_norm_in_float32,
+    "opacus #413": tied_weights,
+}
+
+
+@pytest.mark.parametrize("thread", THREADS)
+def test_thread_is_answered(thread):
+    THREADS[thread]()
+
+
+def test_every_thread_of_the_page_is_answered():
+    page = (ROOT / "docs" / "how_to" / "moving.md").read_text()
+    assert re.findall(r"^\| \[([^\]]+)\]", page, flags=re.MULTILINE) == list(THREADS)
