@@ -17,7 +17,7 @@ from tools.quick import quick_jit
 from tools.skip_steps import published, stream, through
 
 import optaxclip
-from optaxclip.per_example import example_quantile, materialize
+from optaxclip.per_example import clipped_fun, example_quantile, materialize
 
 # jax-privacy 2.0 calls a function that Optax has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
@@ -177,6 +177,55 @@ def clip_pytree():
     same(ours(optaxclip.clip_by_global_norm(C))[0], jax_privacy.clipping.clip_pytree(GRADS, C)[0])
 
 
+def any_function():
+    theirs = jax_privacy.clipping.clipped_fun(jax.grad(batch_loss), batch_argnums=1, l2_clip_norm=C)
+    mine = clipped_fun(jax.grad(batch_loss), batch_argnums=1, l2_clip_norm=C)
+    same(quick_jit(mine)(PARAMS, BATCH), quick_jit(theirs)(PARAMS, BATCH))
+    assert mine.sensitivity() == theirs.sensitivity()
+
+
+def integer_grid():
+    """Clipped in units of C / 200, as far as rounding leaves room; then rounded."""
+    flat = np.concatenate([wide(per_example())[k].reshape(4, -1) for k in ("b", "w")], axis=1)
+    norms = np.linalg.norm(flat, axis=1, keepdims=True) * 200 / C
+    most = 200 - np.sqrt(flat.shape[1]) / 2
+    expected = np.round(flat * 200 / C * np.minimum(1, most / norms)).sum(0)
+    with jax.enable_x64(True):
+        grad = jax.grad(batch_loss)
+        fun = clipped_fun(grad, batch_argnums=1, l2_clip_norm=C, grid_scale=200)
+        found = fun(PARAMS, BATCH)
+        assert found["w"].dtype == np.int64
+    found = np.concatenate([np.ravel(found[k]) for k in ("b", "w")])
+    # Gradients in float64 and in float32 may round to either side of a half.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1)
+
+
+def scale_then_privatize():
+    """Algorithm 8 of arXiv 2507.01129 without its noise: divided, clipped, added up, multiplied."""
+    roots = {k: 0.5 + 2.0 * np.arange(x.size).reshape(x.shape) for k, x in PARAMS.items()}
+    scaled = {k: x / roots[k] for k, x in wide(per_example()).items()}
+    norms = np.sqrt(sum(np.sum(np.square(x.reshape(4, -1)), axis=1) for x in scaled.values()))
+    factors = np.minimum(1, C / norms)
+    assert 0 < np.min(factors) < np.max(factors) <= 1
+    expected = {k: np.tensordot(factors, x, 1) * roots[k] for k, x in scaled.items()}
+    divided = lambda grads: jax.tree.map(lambda g, r: g / np.float32(r), grads, roots)
+    grad = optaxclip.clipped_grad(batch_loss, l2_clip_norm=C, pre_clipping_transform=divided)
+    found = quick_jit(grad)(PARAMS, BATCH)
+    same({k: x * roots[k] for k, x in wide(found).items()}, expected)
+
+
+def fits_in_memory():
+    """Less memory is another schedule, in other micro-batches; the sum does not depend on it."""
+    params, batch = {"w": np.eye(64, dtype=np.float32)}, np.ones((512, 64), np.float32)
+    wave = lambda params, xs: jnp.sum(jnp.sin(jnp.sin(xs @ params["w"]) @ params["w"]))
+    whole, fitted = (
+        optaxclip.clipped_grad(wave, l2_clip_norm=C, memory=memory) for memory in (2**30, 2**18)
+    )
+    chosen = {str(jax.make_jaxpr(f)(params, batch)) for f in (whole, fitted)}
+    assert len(chosen) == 2
+    same(quick_jit(fitted)(params, batch), quick_jit(whole)(params, batch))
+
+
 LEAF_BOUNDS = {"b": 0.5, "w": 1.0}
 
 
@@ -247,6 +296,10 @@ HELD = {
     "clipping.clipped_grad(f, l2_clip_norm=c)": privacy,
     "clipped_grad(..., rescale_to_unit_norm=True)": lambda: privacy(rescale_to_unit_norm=True),
     "clipped_grad(..., microbatch_size=m)": lambda: privacy(microbatch_size=2),
+    "clipping.clipped_fun(f, l2_clip_norm=c)": any_function,
+    "clipped_fun(..., grid_scale=G)": integer_grid,
+    "optimizers.scale_then_privatize(tx)": scale_then_privatize,
+    "AutotuneMicrobatch()": fits_in_memory,
     "clipping.clip_pytree(g, c)": clip_pytree,
     "g.sensitivity()": sensitivity,
 }

@@ -1,7 +1,7 @@
 """Per-example gradients as data: norms, products and weighted sums without storing them.
 
 The doors stand here: `gradients` (`per_example_grad` and its like), `reweighted`
-(`reweighted_grad`), `clipped_grad`, `plan` (`explain`, with `table`) and `agreement`
+(`reweighted_grad`), `clipped_grad`, `clipped_fun`, `plan` (`explain`, with `table`) and `agreement`
 (`check_per_example`); `fallbacks` says what had to be stacked. Rooms, from the top down:
 
 * `aggregators`: from per-example gradients to one update. `clip`, `robust` and its `batch`,
@@ -31,6 +31,7 @@ from optaxclip.per_example.aggregators.robust import (
 )
 from optaxclip.per_example.aggregators.robust import geometric_median as geometric_median
 from optaxclip.per_example.aggregators.robust import trim_by_norm as trim_by_norm
+from optaxclip.per_example.clipped_fun import clipped_fun as clipped_fun
 from optaxclip.per_example.clipped_grad import AuxiliaryOutput as AuxiliaryOutput
 from optaxclip.per_example.clipped_grad import (
     BoundedSensitivityCallable as BoundedSensitivityCallable,

@@ -28,7 +28,7 @@ _ROLES = ("argnums", "batch_argnums", "prng_argnum")
 class Options:
     """How a loss is called; the arguments of `per_example_grad`."""
 
-    argnums: Argnums = 0
+    argnums: Argnums | None = 0
     batch_argnums: Argnums = 1
     has_aux: bool = False
     keep_batch_dim: bool = False
@@ -98,15 +98,7 @@ class Call:
 def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
     """`fun(*args, **kwargs)`, its arguments split. Raises where they do not fit."""
     roles = options.named_argnums
-    names = _argument_names(fun, len(args))
-    for role, numbers in roles.items():
-        for k in numbers:
-            if k >= len(args):
-                raise ValueError(
-                    f"{role} must name positional arguments, got {k} with {len(args)} of them:"
-                    f" {', '.join(names) or 'none'}. Pass that argument by position, or change"
-                    f" {role}."
-                )
+    names = check_positions(fun, options, len(args))
     of_params, of_batch, of_keys = (roles.get(r, ()) for r in _ROLES)
     check_params([(names[k], args[k]) for k in of_params])
     named, shared = (kwargs, {}) if options.named_examples else ({}, kwargs)
@@ -152,6 +144,20 @@ def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[s
     # parameters it would be the sum over one example of each device.
     params = as_varying([leaves[i] for i in moving], batch)
     return Call(jax.jit(one), params, as_varying(batch + keys, params), like_params)
+
+
+def check_positions(fun: Callable, options: Options, count: int) -> list[str]:
+    """The names of `count` positional arguments. Raises where a role is beyond them."""
+    names = _argument_names(fun, count)
+    for role, numbers in options.named_argnums.items():
+        for k in numbers:
+            if k >= count:
+                raise ValueError(
+                    f"{role} must name positional arguments, got {k} with {count} of them:"
+                    f" {', '.join(names) or 'none'}. Pass that argument by position, or change"
+                    f" {role}."
+                )
+    return names
 
 
 def unbatched_aux(aux: Tree, options: Options) -> Tree:
