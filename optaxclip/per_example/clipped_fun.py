@@ -103,7 +103,8 @@ def clipped_fun(
     @functools.wraps(fun)
     def linear(*args: Any, **kwargs: Any) -> Any:
         """`<p, v>`, whose gradient in p is v."""
-        value, aux = valued(args[:-1], kwargs)
+        # Without it JAX would linearize fun, which fails where that writes to a reference.
+        value, aux = jax.lax.stop_gradient(valued(args[:-1], kwargs))
         products = jax.tree.map(lambda p, v: jnp.sum(p * v).astype(jnp.float32), args[-1], value)
         return sum(jax.tree.leaves(products)), aux
 

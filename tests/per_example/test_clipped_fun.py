@@ -113,6 +113,42 @@ def test_what_has_no_derivative():
     close(found, expected, 1e-10)
 
 
+def test_what_has_effects():
+    """A reference that is written to, or a callback to the host; a key besides."""
+
+    def held(x, key):
+        ref = jax.new_ref(jnp.zeros(3))
+        ref[...] = 2 * x
+        return ref[...], (key, ref[...] > 0)
+
+    def on_host(x, key):
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        value = jax.pure_callback(np.sort, like, 2 * x, vmap_method="sequential")
+        return value, (key, x > 0)
+
+    options = {"has_aux": True, "keep_batch_dim": False, "prng_argnum": 1, "l2_clip_norm": np.inf}
+    data, key = normal(0, B, 3), jax.random.key(0)
+    for fun, expected in ((held, 2 * data), (on_host, np.sort(2 * data, axis=1))):
+        found, (keys, positive) = quick_jit(clipped_fun(fun, **options))(data, key)
+        close(found, expected.sum(0), 1e-10)
+        assert jnp.all(keys == jax.random.split(key, B))
+        np.testing.assert_array_equal(positive, data > 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 2}, {"grid_scale": 100}])
+def test_strict_promotion_and_other_flags(options):
+    def mixed(x):
+        return {"mean": jnp.mean(x), "low": x.astype(jnp.bfloat16)}
+
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    wide = jax.enable_x64("grid_scale" in options)
+    with wide, strict[0], strict[1], jax.checking_leaks(), jax.debug_nans(True):
+        fun = clipped_fun(mixed, return_norms=True, **options)
+        summed, norms = jax.jit(fun)(normal(0, B, 3).astype(np.float32))
+        assert summed["low"].shape == (1, 3)
+        assert norms.dtype == np.float32
+
+
 def test_the_key_is_split_between_the_examples():
     def noise(x, key):
         return jax.random.normal(key) + 0 * x

@@ -71,7 +71,8 @@ class Weighing:
 
     def wide(self, dtype: Any) -> Any:
         """What sums of gradients of a dtype are taken in."""
-        return jnp.promote_types(accumulator(dtype), self.dtype or dtype)
+        wide = accumulator(dtype)
+        return wide if self.dtype is None else jnp.promote_types(wide, self.dtype)
 
 
 class Weighed(NamedTuple):
