@@ -79,8 +79,8 @@ float32. Short names stand for `clip_by_value` with statistics, `clip_by_global_
 `clip_by_quantile`, `gradient_stabilizer` and `spam_clip`. Optax's counterparts are `clip`,
 `clip_by_global_norm`, `clip_by_block_rms` and `adaptive_grad_clip`: for a learned bound the one of
 as many norms, and for `clip_by_unit_norm`, which has none, `adaptive_grad_clip`, although it reads
-the parameters too; so does `clippy`, which is set beside it. `spam_clip` has no counterpart: it reads
-and writes a state of the size of the parameters."""
+the parameters too; so does `clippy`, which is set beside it. `spam_clip` has no counterpart: it
+reads and writes a state of the size of the parameters."""
 
 
 def page(versions: dict[str, str], rows: list[Row]) -> str:
