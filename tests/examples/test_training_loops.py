@@ -134,10 +134,12 @@ def test_qk_clip_holds_logits_that_explode(tmp_path):
 
 def test_dp_sgd_prints_epsilon_delta_and_accuracy(tmp_path):
     picture = tmp_path / "made" / "dp_sgd.png"
-    done = succeeded(run("dp_sgd.py", "--steps", "60", "--print-every", "30", "--plot", picture))
+    every = ("--noise", "1", "--steps", "60", "--print-every", "30")
+    done = succeeded(run("dp_sgd.py", *every, "--plot", picture))
+    assert "failed to converge" not in done.stderr
     assert picture.read_bytes().startswith(PNG)
     found = re.findall(r"epsilon ([\d.]+), delta ([\d.e-]+), accuracy ([\d.]+)%", done.stdout)
     epsilons, deltas, accuracies = zip(*(map(float, row) for row in found), strict=True)
-    assert 0 < epsilons[0] < epsilons[1] < 5
+    assert 0 < epsilons[0] < epsilons[1] < 6
     assert set(deltas) == {1e-4}
     assert accuracies[-1] > 75
