@@ -37,8 +37,8 @@ from sklearn.model_selection import train_test_split
 import optaxclip
 from optaxclip.per_example import masked
 
-# Of Renyi's orders, without those near 1: dp-accounting's series for them does not converge at a noise
-# of one bound, which it would say at every step, and no epsilon below 20 is found at them.
+# Renyi's orders as dp-accounting has them, but without those near 1: at a noise of one bound its
+# series for them does not converge, of which it warns, and they give no epsilon below 20.
 ORDERS = (*(k / 10 for k in range(17, 110)), *range(11, 64), 128, 256, 512, 1024)
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#b0569a", "#3b3b3b")
 
