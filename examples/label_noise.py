@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _mlp import Params, init, outputs
 from _noise_report import Outcome, write_noise_page, write_noise_report
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -47,7 +48,6 @@ import optaxclip
 BATCH_SIZE, EVAL_EVERY, LEARNING_RATE = 64, 50, 1e-3
 NOISES = (0.0, 0.2, 0.4, 0.6)
 WIDTHS = (64, 256, 256, 10)
-Params = list[dict[str, jax.Array]]
 PIXELS = {"scaled": "divided by 16", "standardized": "standardised"}
 # What the page has of standardised pixels.
 ASIDE, ASIDE_NOISE = ("plain", "global", "per_example"), 0.4
@@ -163,23 +163,8 @@ def inputs(noise: float, seed: int, steps: int, pixels: str) -> tuple[Any, ...]:
     passes = -(-steps * BATCH_SIZE // len(x))
     order = np.concatenate([rng.permutation(len(x)) for _ in range(passes)])
     shape = (steps // EVAL_EVERY, EVAL_EVERY, BATCH_SIZE)
-    return init(seed), x, y, x_test, y_test, order[: steps * BATCH_SIZE].reshape(shape)
-
-
-def init(seed: int) -> Params:
-    """Weights with He's variance, biases of zero."""
-    keys = jax.random.split(jax.random.key(seed), len(WIDTHS) - 1)
-    return [
-        {"w": jax.random.normal(key, (i, o)) * (2 / i) ** 0.5, "b": jnp.zeros(o)}
-        for key, (i, o) in zip(keys, itertools.pairwise(WIDTHS), strict=True)
-    ]
-
-
-def predict(params: Params, x: jax.Array) -> jax.Array:
-    """Logits, for one example or for many."""
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["w"] + layer["b"])
-    return x @ params[-1]["w"] + params[-1]["b"]
+    params = init(jax.random.key(seed), WIDTHS)
+    return params, x, y, x_test, y_test, order[: steps * BATCH_SIZE].reshape(shape)
 
 
 def train(
@@ -191,7 +176,7 @@ def train(
 
     def loss(params: Params, example: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, y = example
-        return jnp.mean(method.loss(predict(params, x), y))
+        return jnp.mean(method.loss(outputs(params, x), y))
 
     grad = optaxclip.per_example_grad(loss) if method.per_example else jax.grad(loss)
 
@@ -203,7 +188,7 @@ def train(
 
     def until_evaluation(carry: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
         carry, _ = jax.lax.scan(step, carry, batches)
-        right = predict(carry[0], x_test).argmax(axis=-1) == y_test
+        right = outputs(carry[0], x_test).argmax(axis=-1) == y_test
         return carry, jnp.mean(right)
 
     return jax.lax.scan(until_evaluation, (params, tx.init(params)), batches)[1]
