@@ -7,6 +7,7 @@ import numpy as np
 from _results import Results
 from _training import CLIPPER_TITLES, SETTINGS, WORKLOADS, ClipCurves
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -37,6 +38,13 @@ LOOK = {
     "legend.frameon": False,
     "axes.axisbelow": True,
 }
+
+
+def in_full(axis: Axis) -> None:
+    """Marks a logarithmic axis of few decades at 1, 2 and 5, without powers of ten."""
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def accuracy_figure(results: Results) -> Figure:

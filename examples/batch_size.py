@@ -26,7 +26,7 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from _pages import fill, table
-from _plots import LOOK
+from _plots import LOOK, in_full
 from _text import standard_library, windows
 from _transformer import Transformer, loss_fn
 from flax import nnx
@@ -196,10 +196,14 @@ def figure_of(rows: list[dict], fitted: dict, noise: dict, curves: dict) -> Figu
             left.axvline(noise[name], color=colour, lw=1, label=f"noise scale, {name}")
         left.axvline(fitted["size"], color="#8a8f98", lw=1, ls=":", label="E_min / S_min")
         left.set(xscale="log", yscale="log", xlabel="batch size", ylabel="steps", title="digits")
-        for name, colour in zip(PARTS, ("#d55e00", "#cc79a7", "#8a8f98"), strict=True):
-            right.plot(curves[name], color=colour, label=name)
+        # The whole is wide, to be seen behind the rest, which is nearly the same.
+        looks = zip(PARTS, ("#d55e00", "#cc79a7", "#8a8f98"), (4, 1.5, 1.5), strict=True)
+        for name, colour, width in looks:
+            right.plot(curves[name], color=colour, label=name, lw=width)
         right.set(yscale="log", xlabel="step", title="transformer: noise scale, in examples")
+        in_full(left.xaxis)
         for ax in (left, right):
+            in_full(ax.yaxis)
             ax.legend(fontsize=7.5, handlelength=1.2)
         return figure
 

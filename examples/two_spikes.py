@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from _plots import LOOK
+from _plots import LOOK, in_full
 from matplotlib.figure import Figure
 
 import optaxclip
@@ -128,10 +128,13 @@ def figure_of(curves: dict[str, dict[str, Curves]]) -> Figure:
             row[0].plot(getattr(plain, accident.shown), color="#d55e00", label=accident.shown)
             row[0].plot(plain.gradient, color="#8a8f98", label="gradient")
             row[0].set(yscale="log", title=f"{accident.title}: under Adam alone")
-            for (run, found), colour in zip(curves[name].items(), COLOURS, strict=True):
-                row[1].plot(found.error, color=colour, label=run, lw=1.2)
+            # The first is wide, to be seen where the second does the same.
+            looks = zip(COLOURS, (3, 1.2, 1.2), strict=True)
+            for (run, found), (colour, width) in zip(curves[name].items(), looks, strict=True):
+                row[1].plot(found.error, color=colour, label=run, lw=width)
             row[1].set(yscale="log", title="error on sound data")
             for ax in row:
+                in_full(ax.yaxis)
                 ax.legend(fontsize=7.5, handlelength=1.2)
         for ax in axes[-1]:
             ax.set(xlabel="step", xlim=(EVENT - 200, STEPS))
