@@ -134,13 +134,14 @@ def figure(runs: dict[str, np.ndarray], rate: float) -> Figure:
         if "none" in runs and name != "none":
             above.plot(_smooth(runs["none"][:, 0]), color="#b8bcc4", lw=1)
         above.plot(_smooth(run[:, 0]), color="#0072b2", lw=1.4)
-        below.plot(run[:, 1], color="#d55e00", lw=0.7)
-        below.plot(run[:, 2], color="#0072b2", lw=0.7)
+        below.plot(run[:, 1], color="#d55e00", lw=0.7, label="before clipping")
+        below.plot(run[:, 2], color="#0072b2", lw=0.7, label="after")
         above.set_title(name)
         below.set(yscale="log", xlabel="step")
     axes[0, 0].set_ylabel("loss, nats a byte")
     axes[0, 0].set(yscale="log", ylim=(1, 1000))
-    axes[1, 0].set_ylabel("norm; after clipping blue")
+    axes[1, 0].set_ylabel("norm of the gradient")
+    axes[1, -1].legend(fontsize=8, handlelength=1.2)
     title = f"Byte-level transformer, SGD at a learning rate of {rate:g}; grey: no clipping"
     picture.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return picture
