@@ -15,10 +15,11 @@ does. With the second the gradient does not grow on its way: its norm is at most
 first it comes to 60,000 before it is clipped. Bounds of 0.001 and 0.01 do as well; at 1 one seed
 of three drives to the end of every road.
 
-Without clipping the first steps throw the weights so far that the steering is locked, the car
-drives in circles, and hardly any gradient is left to bring it back. A smaller learning rate is no
-way out: the rest of the table has runs without clipping at rates 10 to 10^5 times smaller. At none
-of them do all three seeds drive, and the few that do stay seven times further from the middle.
+Without clipping the first steps throw the weights so far that the steering is locked and hardly any
+gradient is left: two of the three cars drive in circles, the third cuts the curves. A smaller
+learning rate is no way out: the rest of the table has runs without clipping at rates 10 to 10^5
+times smaller. At none of them do all three seeds drive, and the few that do stay seven times
+further from the middle.
 With Adam, which divides by the gradient's own size, less depends on it: without clipping and with
 the gradient clipped two of three seeds learn to drive, with clipping three to ten times closer to
 the middle, and the third does not. With each step's gradient clipped all three do.
@@ -250,7 +251,7 @@ def figure(runs: list[Run]) -> Figure:
     map_.set(xlim=(-15, 125), ylim=(-16, 16), xlabel="m", ylabel="m", aspect="equal")
     map_.set_title("A road that was not in training, and where each seed's policy goes")
     loss.set(yscale="log", xlabel="training step", title="Loss")
-    norm.set(yscale="log", xlabel="training step", title="Norm of the gradient by the weights")
+    norm.set(yscale="log", xlabel="training step", title="Norm of the gradient, where it is not 0")
     norm.axhline(BOUND, color="black", lw=1, ls="--")
     norm.annotate("bound", (1, BOUND), (-2, 3), xycoords=("axes fraction", "data"), ha="right",
                   textcoords="offset points", fontsize=8)  # fmt: skip

@@ -10,7 +10,7 @@ batches, and are one compiled program: only the learning rate and tau differ, 10
 
 At a learning rate of 0.02, the best of these three, no logit comes near tau in 600 steps, and runs
 with and without QK-Clip are the same to the last bit: nothing explodes in so small a model at the
-rate that suits it. At rates 2.5 and 5 times larger logits grow to 500 and to 2000 without it, and
+rate that suits it. At rates 2.5 and 5 times larger logits grow to 500 and to 2200 without it, and
 are still growing. With it they stay below 160: one step may go that far beyond tau, and the next
 brings it back. At these rates the loss is a little lower with it, for each of three seeds.
 
