@@ -122,6 +122,24 @@ def test_a_norm_is_never_below_the_true_one_but_for_eps(length):
         assert np.all(found <= exact * (1 + 1e-3) + 1e-6 * size)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 2e-19, 1e-18, 1e-17])
+def test_terms_that_cancel_near_the_least_float_are_not_nan(scale):
+    """Rounding leaves totals below 0, and what tells of it underflows: they were NaN."""
+    length, many = 5, 100
+    left = np.repeat(normal(0, many, 1, 1, 24), length, axis=2)
+    right = normal(1, many, 1, length, 20)
+    right = scale * (right - right.mean(axis=2, keepdims=True))
+    form = Outer(
+        np.float32(left),
+        np.float32(right),
+        Layout((24, 20), np.dtype("float32"), ((), (0,), (1,))),
+    )
+    assert form.norm_method == "gram"
+    size = np.sum(np.linalg.norm(left, axis=3) * np.linalg.norm(right, axis=3), axis=(1, 2))
+    found = np.sqrt(np.float64(run(lambda f: f.sq_norm(), form)))
+    assert np.all(found <= 1e-3 * size + 1e-17)  # false of NaN; squares below 1e-38 are lost
+
+
 def test_products_of_norms_are_taken_at_the_highest_precision():
     """Whatever the default is, and those of sums as the user asked for them."""
 

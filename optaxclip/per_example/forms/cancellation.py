@@ -54,8 +54,10 @@ def settled(
         return bounded(terms, elements)
     total, size = lax.stop_gradient((terms.total, terms.size))
     error = _error(terms)
-    cancels = total * _TOLERATED < error  # not where either is NaN; nor where both are infinite
-    kept = _raised(total + error, size, elements, 1.0)
+    # Not where either is NaN; nor where both are infinite. Near the least float32 both products
+    # underflow to 0, and rounding may have left a total below it.
+    cancels = (total * _TOLERATED < error) | (total < 0)
+    kept = _raised(jnp.where(total < 0, 0, total) + error, size, elements, 1.0)
 
     def replaced() -> jax.Array:
         coarser = _coarser(total.dtype) if rounded else 1.0
