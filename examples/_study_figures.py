@@ -24,7 +24,7 @@ def _stability_figure(results: Results) -> Figure:
                 found = results.values("accuracy", cell, "plain", setting, clipper)
                 at = np.full(len(found), i + 0.13 * (k - 2.5))
                 ax.plot(100 * found, at, "o", color=COLOURS[clipper], ms=3.5, alpha=0.85, mew=0)
-        ax.set(xlim=(0, 102), xlabel="test accuracy at the end, %")
+        ax.set(xlim=(-2, 102), xlabel="test accuracy at the end, %; 0: NaN")
         ax.grid(axis="y", visible=False)
         for i in range(1, len(results.cells)):
             ax.axhline(i - 0.5, color="#e6e8ec", lw=0.7)
@@ -79,7 +79,7 @@ def _price_figure(results: Results) -> Figure:
             ]
             ax.plot(STRICTNESS, found, **look)
     left.set(xscale="log", title="Accuracy at the end, %", xlabel="bound over the median norm")
-    right.set(title="Steps to the target (at most all)", xlabel="bound over the median norm")
+    right.set(title="Steps to the target (all if missed)", xlabel="bound over the median norm")
     lines = [
         mpl.lines.Line2D([], [], color=colours[m], ls=styles[d], lw=1.8) for d, m in results.cells
     ]
