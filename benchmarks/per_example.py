@@ -107,8 +107,8 @@ where that is worth it; a plain gradient taken in parts would gain as well. `two
 a second time instead of keeping the factors. `vmap` stacks the gradients, which is best for few
 long examples. With remat ("scanned, remat") what the norms need is kept, so that a part of what
 remat saves is lost. The parameters of the MLP are large beside its activations, so that its batch
-is not cut; a plain gradient holds {mlp_memory:.0f} MB there. Convolutions are not cut on a CPU:
-XLA runs them without its library in a loop, and holds all parts together if they are written out.
+is not cut; a plain gradient holds {mlp_memory:.0f} MB there. Parts with convolutions are written
+out, as XLA runs these without its library in a loop; a CPU then holds all parts, and is quicker.
 
 These are choices for a CPU. On an accelerator `"auto"` counts a byte moved as 20 operations, not 7,
 and takes parts for memory alone, as they cost time there; `explain` shows both.

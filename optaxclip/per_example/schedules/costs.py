@@ -61,21 +61,24 @@ class Costs:
 
     def memory(self, method: Method, parts: int, rates: Rates) -> int:
         """Held by a schedule that takes the batch in so many parts."""
+        if not rates.written_out_waits and are_written_out(self.convolves, parts):
+            return self._at_once(method, 1) + self.parameter_bytes
+        return self._at_once(method, parts)
+
+    def _at_once(self, method: Method, parts: int) -> int:
+        """What one of so many parts holds, with the total."""
         held = {"one_pass": self.held_by_one, "vmap": self.stacked_bytes}
         # Parameters are residuals too, and no fewer of them with fewer examples.
         shared = min(self.parameter_bytes, self.residual_bytes)
         of_examples = self.residual_bytes - shared + held.get(method, self.held_by_two)
-        if parts > 1:
-            shared += self.parameter_bytes  # the total
-        if not rates.written_out_waits and are_written_out(self.convolves, parts):
-            parts = 1
-        return shared + of_examples // parts
+        total = self.parameter_bytes if parts > 1 else 0
+        return shared + total + of_examples // parts
 
     def work(self, method: Method, parts: int, rates: Rates) -> int:
         """Operations, and bytes as so many operations, beyond those of a plain gradient."""
         moved = self.stacked_bytes if method == "vmap" else 0
         moved += parts * self.parameter_bytes if parts > 1 else 0
-        held = max(0, self.memory(method, parts, rates) - rates.free)
+        held = max(0, self._at_once(method, parts) - rates.free)  # also where all is kept
         found = rates.moving * _TRAVELS * moved + rates.holding * held
         if method == "two_pass":
             found += _SECOND_BACK * self.forward_flops
