@@ -271,7 +271,7 @@ CPU = Rates(moving=7, holding=25, free=2**24, written_out_waits=False)
 model (32 x 64 tokens) one pass takes 1.26x a plain gradient in one part, which holds 249 MB, and
 0.77x in four; of a vision transformer stacked gradients take 1.30x and 0.86x, one pass 1.19x and
 1.01x (medians of interleaved rounds). With 7 operations a byte the estimate takes the faster of one
-pass and stacking, or one within 5 % of it, for 19 of the 22 models of `benchmarks/per_example.py`."""
+pass and stacking, or one within 5 % of it, for 19 of 22 models of `benchmarks/per_example.py`."""
 ACCELERATOR = Rates(moving=20, holding=0, free=2**29, written_out_waits=True)
 """An H100 takes 20 operations of float32 in the time of one byte, a v5e 40 at the precision of
 norms. Parts cost time, by the compiler of a v5e: a language model of 16 x 256 tokens takes 1.55x,
