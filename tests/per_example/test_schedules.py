@@ -143,6 +143,21 @@ def test_micro_batches_with_convolutions_change_nothing():
         close(some, whole, 1e-10)
 
 
+def test_the_rare_branch_with_convolutions_stays_a_loop():
+    """Written out it would hold the whole batch on a CPU, where it is not taken either."""
+
+    def fun(w, x):
+        y = jax.lax.conv_general_dilated(x[None, None], w["k"], (1,), "SAME")[0]
+        return jnp.sum(jnp.sin(y)) * w["s"]
+
+    w, x = {"k": normal(0, 3, 1, 3), "s": np.array(2.0)}, normal(1, 8, 6)
+    options = {"l2_clip_norm": 1.0, "keep_batch_dim": False, "method": "two_pass"}
+    grad = clipped_grad(fun, **options)
+    assert str(jax.make_jaxpr(grad)(w, x)).count("scan[") == 1
+    x[3] = np.nan
+    close(quick_jit(grad)(w, x), quick_jit(grad)(w, np.delete(x, 3, axis=0)), 1e-10)
+
+
 def test_micro_batches_add_in_float32():
     """128 ones and then halves: in bfloat16 the total would stop at 128 or 256."""
     x = np.repeat(np.float32([2.0, 0.5]), [128, 256])
@@ -218,6 +233,9 @@ def test_parts_with_convolutions_are_few():
     """Parts that are written out. A CPU holds all of them, but has one after the other in cache."""
     assert taken(CPU, convolves=True) == ("one_pass", 8)
     assert taken(CPU, convolves=True, memory=1.2, twice=False) == ("one_pass", 1)
+    # The next divisors of 50 are 5 and 10 parts, and 10 would be a loop.
+    assert taken(CPU, convolves=True, examples=50) == ("one_pass", 5)
+    assert taken(CPU, examples=50)[1] == 10
     assert taken(ACCELERATOR, convolves=True) == ("one_pass", 2)
     assert taken(ACCELERATOR, factors=2000, convolves=True)[1] <= 8
 

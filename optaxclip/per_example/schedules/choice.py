@@ -93,9 +93,11 @@ class Chooser:
         if self.size != "auto":
             return [self.size]
         assert self.costs is not None
-        most = MOST_WRITTEN_OUT if self.costs.convolves else max(_PARTS)
-        asked = (parts for parts in _PARTS if parts <= most)
-        return list(dict.fromkeys(best_size(self.examples, parts) for parts in asked))
+        sizes = dict.fromkeys(best_size(self.examples, parts) for parts in _PARTS)
+        if not self.costs.convolves:
+            return list(sizes)
+        # More parts would be a loop, in which convolutions are slow on a CPU.
+        return [n for n in sizes if n is None or self.examples // n <= MOST_WRITTEN_OUT]
 
 
 def chooser(

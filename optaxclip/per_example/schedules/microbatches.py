@@ -19,7 +19,7 @@ _SMALL_SHARE = 0.05
 
 
 def accumulated(
-    fun: Callable[[Tree], tuple[Tree, Tree]], inputs: Tree, size: int
+    fun: Callable[[Tree], tuple[Tree, Tree]], inputs: Tree, size: int, *, rare: bool = False
 ) -> tuple[Tree, Tree]:
     """`fun(inputs) -> (sums, each)`, from `size` examples at a time.
 
@@ -27,13 +27,14 @@ def accumulated(
     twice, unless it is jitted. Parts with convolutions are written out, one after the other: XLA
     runs convolutions on a CPU without its library where they stand in a loop, and six layers of 64
     channels took 44 times a plain gradient in two parts, 1.6 times written out. There a CPU holds
-    all parts together, for its scheduler looks through the barrier between them.
+    all parts together, for its scheduler looks through the barrier between them. What is `rare` is
+    a loop all the same: it is to hold little, and to compile quickly.
     """
     parts = jax.tree.map(lambda x: _split(x, size), inputs)
     first = jax.tree.map(lambda x: x[0], parts)
     jaxpr, (sums, _) = jax.make_jaxpr(fun, return_shape=True)(first)
     count = jax.tree.leaves(parts)[0].shape[0]
-    if are_written_out(convolves(jaxpr), count):
+    if not rare and are_written_out(convolves(jaxpr), count):
         leaves, structure = jax.tree.flatten(parts)
         each = (jax.tree.unflatten(structure, [x[k] for x in leaves]) for k in range(count))
         return _written_out(fun, list(each))

@@ -176,7 +176,7 @@ def _without_nan(
         swapped = [x[places] for x in call.batch]
         # A part at a time: the room of a branch is set aside also where it is not taken.
         size = next(call.size // n for n in (4, 2, 1) if call.size % n == 0)
-        sums, _ = accumulated(jax.jit(part), (swapped, ~keep, found.squares), size)
+        sums, _ = accumulated(jax.jit(part), (swapped, ~keep, found.squares), size, rare=True)
         return [jnp.where(jnp.any(keep), x, 0) for x in sums]
 
     return found._replace(sums=lax.cond(jnp.all(finite), lambda: found.sums, again))
