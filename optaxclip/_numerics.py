@@ -19,6 +19,26 @@ def accumulator(dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if dtype in (jnp.float64, jnp.complex128) else jnp.float32)
 
 
+def wider(*dtypes: Any) -> Any:
+    """The dtype that numbers of all of them are promoted to, under strict promotion too.
+
+    A user who forbids promotion means that of the loss.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """All in the widest of their dtypes."""
+    dtype = wider(*(x.dtype for x in arrays)) if arrays else None
+    return [x.astype(dtype) for x in arrays]
+
+
+def added(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Their sum, in the widest of their dtypes."""
+    return functools.reduce(jnp.add, alike(arrays))
+
+
 def as_float32(x: jax.Array) -> jax.Array:
     """What is finite stays finite."""
     if x.dtype == jnp.float32:

@@ -1,6 +1,7 @@
 """Every clipper, guard and aggregator under the flags of JAX that make it strict or suspicious."""
 
 import inspect
+import itertools
 
 import flax.linen as nn
 import jax
@@ -74,6 +75,21 @@ def test_nothing_is_promoted_and_nothing_leaks(name):
     strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
     with strict[0], strict[1], jax.checking_leaks():
         jax.eval_shape(lambda p, g: train(MAKE[name](), p, g), arrays(), steps_of(name))
+
+
+@every
+def test_leaves_of_several_dtypes_are_not_promoted_either(name):
+    def mixed(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        dtypes = itertools.cycle([jnp.bfloat16, np.float32, np.float64])
+        found = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=False)]
+        return jax.tree.unflatten(structure, found)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        params, grads = mixed(arrays()), mixed(steps_of(name))
+        _, updates = jax.eval_shape(lambda p, g: train(MAKE[name](), p, g), params, grads)
+    types = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+    assert types(updates) == types(grads)
 
 
 @every
@@ -183,3 +199,78 @@ def test_statistics_of_fp8_layers_are_left_out_by_name():
         np.testing.assert_array_equal(x, y)
     clipped = np.concatenate([np.ravel(x) for x in jax.tree.leaves(updates["params"])])
     assert np.linalg.norm(clipped) == pytest.approx(0.5, rel=1e-6)
+
+
+# --- the engine: each kind of use, in several dtypes at once ---
+
+HALF, SINGLE, DOUBLE = jnp.bfloat16, jnp.float32, jnp.float64
+
+
+def uses(params, x, ids):
+    """A product, a bias, a lookup, a convolution, a scan and a scale; promotes nothing itself."""
+    narrow = params["first"].dtype
+    h = jnp.tanh(x.astype(narrow) @ params["first"] + params["bias"][None, :])
+    h = h + params["table"][ids].astype(narrow)
+
+    def turn(carry, row):
+        return jnp.tanh(carry @ params["again"] + row), None
+
+    last, _ = jax.lax.scan(turn, jnp.zeros_like(h[0]), h)
+    wide = params["kernel"].dtype
+    image = h.astype(wide)[None, :, :]
+    patches = jax.lax.conv_general_dilated(
+        image, params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return (jnp.sum(patches) * params["scale"]).astype(last.dtype) + jnp.sum(last)
+
+
+def of_dtypes(narrow, wide):
+    rng = np.random.default_rng(3)
+    normal = lambda *shape: rng.normal(size=shape) / 2
+    of_narrow = {"first": normal(5, 4), "bias": normal(4), "again": normal(4, 4)}
+    of_wide = {"table": normal(7, 4), "kernel": normal(3, 4, 2), "scale": normal()}
+    params = {k: np.asarray(v, narrow) for k, v in of_narrow.items()}
+    params |= {k: np.asarray(v, wide) for k, v in of_wide.items()}
+    return params, np.asarray(normal(8, 6, 5), wide), rng.integers(0, 7, (8, 6)).astype(np.int32)
+
+
+BOUNDS = {"whole": lambda params: 1.0, "leaf": lambda params: dict.fromkeys(params, 1.0)}
+CALLS = {
+    **{
+        f"clipped_grad {method} {bound}": lambda loss, params, args, method=method, bound=bound: (
+            per_example.clipped_grad(
+                lambda p, *args: loss(p, *args), batch_argnums=(1, 2), method=method,
+                keep_batch_dim=False, l2_clip_norm=BOUNDS[bound](params), microbatch_size=4,
+            )(params, *args)
+        )
+        for method in ("one_pass", "two_pass", "vmap", "auto")
+        for bound in BOUNDS
+    },
+    **{
+        f"reweighted_grad by {by}": lambda loss, params, args, by=by: per_example.reweighted_grad(
+            loss, lambda squares: 1 / (1 + squares), batch_argnums=(1, 2), by=by
+        )(params, *args)
+        for by in ("global", "leaf")
+    },
+    "per_example_grad": lambda loss, params, args: per_example.weighted_sum(
+        optaxclip.per_example_grad(loss, batch_argnums=(1, 2))(params, *args), jnp.ones(8)
+    ),
+    "norms": lambda loss, params, args: optaxclip.per_example_norms(loss, batch_argnums=(1, 2))(
+        params, *args
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "dtypes", [(HALF, SINGLE), (SINGLE, HALF), (SINGLE, DOUBLE), (DOUBLE, HALF)], ids=str
+)
+def test_the_engine_promotes_nothing_that_the_loss_does_not(call, dtypes):
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with jax.enable_x64(DOUBLE in dtypes):
+        params, *args = of_dtypes(*dtypes)
+        with strict[0], strict[1], jax.checking_leaks():
+            found = jax.eval_shape(lambda p, *args: CALLS[call](uses, p, args), params, *args)
+    if call.startswith("clipped_grad"):
+        types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+        assert types(found) == types(params)

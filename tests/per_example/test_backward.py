@@ -238,3 +238,20 @@ def test_weighted_factors_may_leave_the_range_of_float16(dtype, tol, weight):
     want = weight * np.einsum("bkti,bkto->io", np.float64(left), np.float64(right))
     found = form.weighted_sum(jnp.full(5, weight, jnp.float32))
     np.testing.assert_allclose(found, want, atol=tol * np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize("nan_safe", [True, False])
+def test_weights_of_a_loss_in_bfloat16_are_rounded_toward_zero(nan_safe):
+    """Each 1 / x that rounds up in bfloat16 would leave a gradient longer than its bound."""
+    xs = jnp.arange(1, 256, dtype=jnp.float32)
+    grad = clipped_grad(
+        lambda p, x: (p * x).astype(jnp.bfloat16), l2_clip_norm=1.0, keep_batch_dim=False,
+        method="two_pass", nan_safe=nan_safe,
+    )  # fmt: skip
+
+    def one(x):
+        return grad(jnp.float32(1), jnp.stack([x, jnp.where(nan_safe, jnp.nan, 0)]))
+
+    found = quick_jit(lambda xs: jax.lax.map(one, xs))(xs)
+    assert np.max(found) == 1
+    assert np.min(found) > 1 - 2**-7

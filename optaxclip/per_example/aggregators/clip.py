@@ -10,7 +10,7 @@ import numpy as np
 from optax.experimental import aggregating
 
 from optaxclip._leaves import LeafFn, Tree
-from optaxclip._numerics import maximum_of, root
+from optaxclip._numerics import alike, maximum_of, root
 from optaxclip.clipping import ClipState, NonFinite, answered, check_state
 from optaxclip.measure.norms import Norm
 from optaxclip.measure.statistics import check_same_groups, empty_stats, record
@@ -38,7 +38,8 @@ def clip_per_example(
     """Clips the gradient of every example and averages: `1/B sum_b min(1, c / |g_b|) g_b`.
 
     Put it first in `optax.chain`, and give `update` what `per_example_grad` or `vmap(grad)`
-    returns. No example moves the update further than c / B, whatever its label or its loss.
+    returns. No example moves the update further than c / B, whatever its label or its loss; with a
+    bound on each of several groups, than `sqrt(sum_k c_k^2) / B`.
 
     Args:
       max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`, such as
@@ -49,7 +50,7 @@ def clip_per_example(
       mean: what the sum is divided by. `"batch"`: B, dropped examples included; `"sum"`: 1; or a
         number, such as the expected batch size under Poisson sampling.
       nan_safe: whether an example with NaN or infinity is left out, or makes the update NaN.
-      name: how `clip_stats` calls this aggregator.
+      name: how `clip_stats` calls this aggregator; None: `"clip_per_example"`.
 
     Returns:
       An `optax.experimental.aggregating.Aggregator` with a `ClipState`. Statistics are about the
@@ -60,8 +61,8 @@ def clip_per_example(
         tree; gradients without examples, of different batch sizes, or not shaped like params.
 
     Edge cases:
-      | NaN, infinity | count, and change nothing else; a batch of nothing else gives zeros |
-      | norms beyond 1e19, below 1e-19 (float32) | count as not finite, as zero |
+      | an example with NaN, infinity | left out, in `nonfinite_count`; of nothing else: zeros |
+      | norms beyond 1e19, below 1e-19 (float32) | as if not finite, as if zero |
       | integer leaves | have zero updates |
       | inside `jax.shard_map` | `jax.lax.pmean` the updates: they are of a device's examples |
 
@@ -98,7 +99,7 @@ def clip_per_example(
         check_same_groups(state.stats, groups)
 
         moving = [forms[i] for i in leaves.positions]
-        squares = [total([moving[i].sq_norm() for i in m], size) for m in groups.members]
+        squares = alike([total([moving[i].sq_norm() for i in m], size) for m in groups.members])
         norms = jnp.stack([root(x) for x in squares]) if squares else jnp.zeros((0, size))
         finite = jnp.all(jnp.isfinite(norms), axis=0)
         count = state.stats.count

@@ -1,12 +1,12 @@
-"""Norms as gradients: what the cotangent of a use tells of its parameter is taken as it arrives.
+"""Squared norms as gradients of dummy inputs, so that nothing need be held.
 
-At each spot the value passes through an identity with a backward rule of its own. It takes the
-cotangent and what the uses recorded, makes forms by the rules of the registry, and gives their
-squared norms, [B], to a *tag* of their group, of which there is one number per example, as its
-cotangent. JAX's own scan and checkpoint carry and add up the tags, and nothing is held: the pass
-takes the memory of a plain gradient, and computes no gradient of a parameter. Where the weights of
-the examples follow from that norm alone, or are known, the rule also gives the parameter its
-weighted sum.
+At each spot (see `spots`) the value passes through an identity with a backward rule of its own. The
+rule is given the cotangent and the operands that the uses recorded, makes forms by the rules of the
+registry, and returns their squared norms, [B], as the cotangent of a *tag*: an input of zero, one
+number per example and group. JAX's scan and checkpoint add up the cotangents of the tags, so that
+the pass takes the memory of a plain gradient, and computes no gradient of a parameter. Where the
+weights of the examples follow from that norm alone, or are known, the rule also returns the
+weighted sum of the parameter.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._compat import as_varying, evaluated_jaxpr
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, wider
 from optaxclip.per_example.engine.program import (
     STEP,
     Block,
@@ -33,6 +33,7 @@ from optaxclip.per_example.engine.program import (
 from optaxclip.per_example.engine.pullback import pull_back
 from optaxclip.per_example.engine.spots import Spot, chain
 from optaxclip.per_example.engine.walk import Record, find_forms, forms_of_use, run, zero_taps
+from optaxclip.per_example.forms.contractions import toward_zero
 from optaxclip.per_example.forms.forms import Form, add, at_most, instantiated, zero_like
 from optaxclip.per_example.forms.trees import cast
 
@@ -205,8 +206,8 @@ def norms_then_sum(
     _, taps, squares = pull(jnp.ones_like(losses))
     found = find_forms(program.block, values, records, taps)
     forms = _of_held(found, program, params, spots, size)
-    c = lax.stop_gradient(weights(squares, forms)).astype(losses.dtype)
-    return losses, aux, pull(c)[0]
+    c = lax.stop_gradient(weights(squares, forms))
+    return losses, aux, pull(toward_zero(c, losses.dtype))[0]
 
 
 def _of_held(
@@ -219,8 +220,7 @@ def _of_held(
 
 def _wide(params: list[Any], spots: Spots) -> Any:
     """The dtype of squared norms."""
-    dtypes = (accumulator(params[k].dtype) for k in spots.spots)
-    return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    return wider(jnp.float32, *(accumulator(params[k].dtype) for k in spots.spots))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,10 @@ class _Watch:
         given = lax.stop_gradient(([record for _, record in uses], (known, of_weights)))
         sums = {n: values[n] for n in groups} if self.links else {}
         tags = {g: self.tags[g] for g in groups.values()}
-        types = {n: (jnp.shape(values[n]), values[n].dtype) for n in groups}
+        types = {n: jax.ShapeDtypeStruct(jnp.shape(values[n]), values[n].dtype) for n in groups}
+        # The rule outlives this trace: it holds no tracer of it, so neither `self` nor `tags`.
+        weights, norms, size = self.weights, self.norms, self.size
+        wide = {g: x.dtype for g, x in tags.items()}
 
         def found(cotangent: Any, records: list[Record], given: Any) -> tuple[Any, Any]:
             """Of the whole batch: squared norms by group, weighted sums by number."""
@@ -274,28 +277,29 @@ class _Watch:
                 of_use = forms_of_use(use, local, record, [cotangent], block)
                 merge(arrived, ((n, [form]) for n, form in of_use))
             pull_back(home, local, arrived)
-            nothing = {n: zero_like(jax.ShapeDtypeStruct(*types[n]), self.size) for n in groups}
+            nothing = {n: zero_like(types[n], size) for n in groups}
             forms = {n: add(arrived[n]) if n in arrived else nothing[n] for n in groups}
-            if self.links and self.norms:
+            if weights is not None and norms:
                 forms = {n: instantiated(form) for n, form in forms.items()}
-            squares = {g: jnp.zeros(self.size, x.dtype) for g, x in tags.items()}
-            for n, g in groups.items() if self.norms else ():
+            squares = {g: jnp.zeros(size, dtype) for g, dtype in wide.items()}
+            for n, g in groups.items() if norms else ():
                 squares[g] += at_most(forms[n]).astype(squares[g].dtype)
             totals: dict[int, jax.Array] = {}
-            for n in sums:
-                group, form = groups[n], forms[n]
-                assert self.weights is not None
-                weights = self.weights(group, of_weights[group], squares[group], local.get(STEP))
-                totals[n] = cast(form, accumulator(form.dtype)).weighted_sum(weights)
-            return squares, {n: x.astype(types[n][1]) for n, x in totals.items()}
+            if weights is not None:
+                for n, g in groups.items():
+                    c = weights(g, of_weights[g], squares[g], local.get(STEP))
+                    wide_enough = cast(forms[n], accumulator(forms[n].dtype))
+                    totals[n] = wide_enough.weighted_sum(c)
+            return squares, {n: x.astype(types[n].dtype) for n, x in totals.items()}
 
-        return _identity(found, self.size, tags, sums)(values[number], tags, sums, given)
+        return _identity(found, size, tags, sums)(values[number], tags, sums, given)
 
 
 def _identity(found: Callable, size: int, tags: dict[int, Any], sums: dict[int, Any]) -> Callable:
     """`(x, tags, sums, given) -> x`, whose backward rule is `found(cotangent, *given)`."""
 
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tags, sums))
+    are_batched = dict.fromkeys(tags, True), dict.fromkeys(sums, False)
 
     @jax.custom_batching.custom_vmap
     def measure(cotangent: Any, records: Any, known: Any, tags: Any) -> tuple[Any, Any]:
@@ -314,9 +318,9 @@ def _identity(found: Callable, size: int, tags: dict[int, Any], sums: dict[int, 
 
         cotangent, records = jax.tree.map(whole, args[:2], tuple(in_batched[:2]))
         squares, totals = found(cotangent, records, known)
-        # Measured before the cotangent goes on, or all that it was made of stays until then.
+        # Measured before the cotangent goes on, or all that it was made of stays in memory.
         out = lax.optimization_barrier((cotangent, squares, totals))
-        return out, (True, dict.fromkeys(tags, True), dict.fromkeys(sums, False))
+        return out, (True, *are_batched)
 
     @jax.custom_vjp
     def identity(x: Any, tags: Any, sums: Any, given: Any) -> Any:

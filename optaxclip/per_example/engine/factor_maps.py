@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip._compat import primitives as P  # noqa: N812
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, wider
 from optaxclip.per_example.engine.isometries import Moved, Passage, through
 from optaxclip.per_example.forms.contractions import by_examples, einsum
 from optaxclip.per_example.forms.forms import Dense, Form, Gathered, Outer, scale
@@ -166,7 +166,10 @@ def _rows(form: Any, to: Passage) -> Moved:
 
 
 def _blocks(form: Any, axis: int, ids: Any, size: int) -> Moved:
-    """Blocks looked up, each with factors of its own: two forms of one that was looked up twice."""
+    """Blocks looked up by number, each with factors of its own.
+
+    As many forms as the block that is looked up most often.
+    """
     if isinstance(ids, jax.core.Tracer) or not isinstance(form, Outer):
         return None
     index = np.asarray(ids)[:, 0]
@@ -251,4 +254,4 @@ def _through(factor: Any, matrix: Any, axes: tuple[int, ...], left: Sequence[int
     """A factor [B, 1, T, axes] times a matrix: [B, 1, T, left]."""
     flat = matrix.transpose(*axes, *left).reshape(factor.shape[-1], -1)
     product = einsum("bkti,io->bkto", factor, flat)
-    return product.astype(jnp.promote_types(factor.dtype, flat.dtype))
+    return product.astype(wider(factor.dtype, flat.dtype))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxclip._compat import explicit_sharding
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, wider
 from optaxclip.measure.platforms import in_turn
 
 # A sum whose intermediate is larger is taken block by block.
@@ -27,7 +27,7 @@ _MOST_WRITTEN_OUT = 16
 
 def einsum(spec: str, *operands: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
     """`einsum` that adds in float32, or in float64 where an operand has 64 bits."""
-    dtype = functools.reduce(jnp.promote_types, (accumulator(x.dtype) for x in operands))
+    dtype = wider(*(accumulator(x.dtype) for x in operands))
     if len({x.dtype for x in operands}) > 1:
         operands = tuple(x.astype(dtype) for x in operands)
     sharding = _sharding_of_result(spec, operands)
@@ -159,18 +159,22 @@ def gram_and_size(
 
 
 def weigh(factor: jax.Array, weights: jax.Array, narrow: Any = None) -> jax.Array:
-    """`weights[b] * factor[b]`, in the accumulator's dtype.
-
-    With `narrow`, a dtype, in that, rounded toward zero: to the nearest, a weighted gradient could
-    come out longer than its bound, by 0.4 % in bfloat16.
-    """
-    dtype = jnp.promote_types(accumulator(factor.dtype), accumulator(weights.dtype))
+    """`weights[b] * factor[b]`, in the accumulator's dtype, or in the dtype `narrow`."""
+    dtype = wider(accumulator(factor.dtype), accumulator(weights.dtype))
     column = weights.astype(dtype).reshape(-1, *(1,) * (factor.ndim - 1))
     wide = factor.astype(dtype) * column
-    if narrow is None:
-        return wide
-    near = wide.astype(narrow)
-    beyond = jnp.abs(near.astype(dtype)) > jnp.abs(wide)
+    return wide if narrow is None else toward_zero(wide, narrow)
+
+
+def toward_zero(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in another dtype, rounded toward zero.
+
+    To the nearest, a weighted gradient could come out longer than its bound, by 0.4 % in bfloat16.
+    """
+    near = x.astype(dtype)
+    if wider(x.dtype, dtype) == dtype:
+        return near
+    beyond = jnp.abs(near.astype(x.dtype)) > jnp.abs(x)
     return jnp.where(beyond, jnp.nextafter(near, jnp.zeros_like(near)), near)
 
 

@@ -1,7 +1,6 @@
 """Per-example gradients as an aggregator receives them: factored or stacked, checked."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip._leaves import Tree, leaves_with_path, path_name, place
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, added
 from optaxclip.per_example.forms.forms import Dense, Form, is_form, zero_like
 
 
@@ -84,13 +83,13 @@ def examples_of(grads: Tree) -> int:
 
 def total(parts: list[jax.Array], size: int) -> jax.Array:
     """Their sum, [B]; of no leaves, zeros."""
-    return functools.reduce(jnp.add, parts) if parts else jnp.zeros(size, jnp.float32)
+    return added(parts) if parts else jnp.zeros(size, jnp.float32)
 
 
 def sq_norm(arrays: list[jax.Array]) -> jax.Array:
     """`|u|^2` of an update."""
     wide = [x.astype(accumulator(x.dtype)).reshape(-1) for x in arrays]
-    return functools.reduce(jnp.add, [jnp.vdot(x, x) for x in wide], jnp.zeros((), jnp.float32))
+    return added([jnp.zeros((), jnp.float32), *(jnp.vdot(x, x) for x in wide)])
 
 
 def check_like_params(like: Tree, params: Tree) -> None:

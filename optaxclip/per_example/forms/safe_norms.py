@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip._numerics import accumulator, root
+from optaxclip._numerics import accumulator, added, root
 from optaxclip.per_example.forms.forms import Dense, Form, Outer, Shared, Sum, terms
 
 # Stands for the exponent of zero.
@@ -47,7 +47,7 @@ def norms_of(forms: Sequence[Form]) -> jax.Array:
 
 
 def _sq_norm(forms: Sequence[Form]) -> jax.Array:
-    return functools.reduce(jnp.add, (form.sq_norm() for form in forms))
+    return added([form.sq_norm() for form in forms])
 
 
 def _exponent(term: Form) -> jax.Array:

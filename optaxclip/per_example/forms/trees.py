@@ -4,13 +4,13 @@ A leaf is a form or an array of stacked gradients, [B, *shape]; a tree may mix t
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip._leaves import Tree
+from optaxclip._numerics import added
 from optaxclip.per_example.forms.explicit_axes import of_gradients
 from optaxclip.per_example.forms.forms import Dense, Form, Shared, Sum, is_form, over_examples
 from optaxclip.per_example.forms.incoming import examples_of
@@ -41,7 +41,7 @@ def sq_norms(grads: Tree) -> jax.Array:
       [25.  5.]
     """
     examples_of(grads)
-    return _total([form.sq_norm() for form in _forms(grads)])
+    return added([form.sq_norm() for form in _forms(grads)])
 
 
 @of_gradients
@@ -103,7 +103,7 @@ def inner(grads: Tree, other: Tree) -> jax.Array:
             " both of one batch."
         )
     pairs = zip(_forms(grads), _forms(other), strict=True)
-    return _total([x.inner(y) for x, y in pairs])
+    return added([x.inner(y) for x, y in pairs])
 
 
 @of_gradients
@@ -218,7 +218,3 @@ def _map(fun: Any, grads: Tree) -> Tree:
 
 def _forms(grads: Tree) -> list[Form]:
     return [_form(leaf) for leaf in jax.tree.leaves(grads, is_leaf=is_form)]
-
-
-def _total(parts: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, parts)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optaxclip.measure.platforms import Rates
 from optaxclip.per_example.engine.arguments import Call
+from optaxclip.per_example.forms.contractions import toward_zero
 from optaxclip.per_example.forms.forms import Form, terms_of_norm
 from optaxclip.per_example.schedules.flops import flops, flops_of
 from optaxclip.per_example.schedules.microbatches import are_written_out, convolves
@@ -141,14 +142,19 @@ def plain_flops(call: Call) -> int:
     return flops(jax.grad(total_loss(call)), call.params, call.batch)
 
 
-def total_loss(call: Call, weights: jax.Array | float = 1.0) -> Callable[..., jax.Array]:
-    """`sum_b c_b fun(params, batch_b)`, as a function of params and batch."""
+def total_loss(call: Call, weights: jax.Array | None = None) -> Callable[..., jax.Array]:
+    """`sum_b c_b fun(params, batch_b)`, as a function of params and batch; unweighed if None."""
     each = jax.vmap(
         lambda params, example: call.fun(params, example)[0],
         (None, 0),
         spmd_axis_name=call.spmd_axis_name,
     )
-    return lambda params, batch: jnp.sum(weights * each(params, batch))
+
+    def total(params: Any, batch: Any) -> jax.Array:
+        losses = each(params, batch)
+        return jnp.sum(losses if weights is None else toward_zero(weights, losses.dtype) * losses)
+
+    return total
 
 
 def bytes_of(tree: Any) -> int:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._leaves import Tree
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, added, wider
 from optaxclip.per_example.engine.arguments import Call
 from optaxclip.per_example.engine.assumptions import UnseenError
 from optaxclip.per_example.forms.contractions import einsum
@@ -72,7 +72,7 @@ class Weighing:
     def wide(self, dtype: Any) -> Any:
         """What sums of gradients of a dtype are taken in."""
         wide = accumulator(dtype)
-        return wide if self.dtype is None else jnp.promote_types(wide, self.dtype)
+        return wide if self.dtype is None else wider(wide, self.dtype)
 
 
 class Weighed(NamedTuple):
@@ -204,7 +204,7 @@ def _squares(forms: dict[int, Form], how: Weighing, seen: Arrays) -> Arrays:
             squares[group] = einsum("bln,bln->bl", flat, flat)
         else:
             square = form.sq_norm()
-            squares[group] = squares[group] + square if group in squares else square
+            squares[group] = added([squares[group], square]) if group in squares else square
     return squares
 
 

@@ -3,10 +3,8 @@
 import math
 from typing import Any
 
-import jax.numpy as jnp
-
 from optaxclip._compat import primitives as P  # noqa: N812
-from optaxclip._numerics import accumulator
+from optaxclip._numerics import accumulator, wider
 from optaxclip.per_example.engine.registry import RuleContext, register_rule
 from optaxclip.per_example.forms.forms import Outer
 from optaxclip.per_example.forms.layout import Layout
@@ -45,7 +43,7 @@ def dot_general(
     size_k, size_i, size_o = layout.sizes
     t = math.prod(data.shape[1 + a] for a in free)
     if accumulator(left.dtype) != accumulator(right.dtype):  # of 32 and of 64 bits
-        wide = jnp.promote_types(left.dtype, right.dtype)
+        wide = wider(left.dtype, right.dtype)
         left, right = left.astype(wide), right.astype(wide)
     return Outer(
         left.reshape(ctx.examples, size_k, t, size_i),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip._compat import primitives as P  # noqa: N812
+from optaxclip._numerics import wider
 from optaxclip.per_example.engine.registry import RuleContext, register_rule
 from optaxclip.per_example.forms.forms import Gathered
 from optaxclip.per_example.forms.layout import Layout
@@ -26,7 +27,7 @@ def gather(
     """`dL/dtable_b[v] = sum_t [ids_bt = v] g_bt`.   Cost: none, until it is contracted.
 
     Applies where single rows are read along some axes, whole along the others. Rows out of
-    bounds receive nothing, under `mode="clip"` the last row does.
+    bounds receive nothing; under `mode="clip"` the first or the last row does.
     """
     numbers, shape = dimension_numbers, table.shape
     if ctx.position != 0 or numbers.operand_batching_dims:
@@ -72,9 +73,10 @@ def _rows(
     """Rows along `axes`; `places` are the starts along these and along axes read whole."""
     table = ctx.parameter
     rest = tuple(a for a in range(table.ndim) if a not in axes)
-    ids, inside = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    dtype = wider(jnp.int32, *(index.dtype for index in places.values()))
+    ids, inside = jnp.zeros((), dtype), jnp.ones((), bool)
     for axis, index in places.items():
-        index = index.astype(jnp.promote_types(index.dtype, jnp.int32)).reshape(ctx.examples, -1)
+        index = index.astype(dtype).reshape(ctx.examples, -1)
         last = table.shape[axis] - 1 if axis in axes else 0
         inside &= (index >= 0) & (index <= last)
         if axis in axes:
