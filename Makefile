@@ -34,7 +34,7 @@ endif
 TIMES ?= 50
 explore: $(READY)
 	@echo "make explore SEED=$(SEED) TIMES=$(TIMES)"
-	EXPLORE=$(TIMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m hypothesis \
+	EXPLORE=$(TIMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m "hypothesis or fuzz" \
 	  --hypothesis-seed=$(SEED) $(TESTS)
 
 lint: $(READY)

@@ -8,7 +8,7 @@ from tools.fuzzing import disagreements
 from tools.programs import program
 
 PROGRAMS = 300
-FIRST = int(os.environ.get("FUZZ_FROM", "0")) if TIMES > 1 else 0
+FIRST = int(os.environ.get("FUZZ_FROM", PROGRAMS)) if TIMES > 1 else 0
 
 
 @pytest.mark.fuzz
