@@ -12,7 +12,7 @@ from jax import lax
 from optaxclip._numerics import stacked
 from optaxclip.measure.platforms import cut
 
-# Up to this many units a leaf, what is whole on every device is kept apart from what is split.
+# The longest vector that `_apart` copies.
 _FEW = 256
 
 Blocks = list[jax.Array]
@@ -111,10 +111,10 @@ class Groups:
 
 
 def _apart(x: jax.Array) -> jax.Array:
-    """The same numbers, of which XLA may have one side split over a mesh and the other whole.
+    """A copy, so that XLA may split the numbers over a mesh before it and have them whole after it.
 
-    It otherwise gathers or permutes them leaf by leaf. What devices add up here goes into the
-    all-reduce that norms take anyway. It takes n^2 operations, so that many numbers are left alone.
+    Without it XLA gathers or permutes them leaf by leaf; with it the exchange goes into the
+    all-reduce that norms take anyway. It takes n^2 operations: longer vectors are left as they are.
     """
     if not 1 < x.size <= _FEW:
         return x

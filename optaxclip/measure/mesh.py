@@ -1,4 +1,4 @@
-"""From what devices add up of their parts to that of the whole, in one collective."""
+"""From the sums of each device's parts to those of whole leaves, in one collective."""
 
 import functools
 from typing import Any
@@ -17,10 +17,10 @@ Axes = tuple[str, ...]
 
 
 def over_mesh(parts: dict[Axes, jax.Array], kind: Kind) -> jax.Array:
-    """Of what devices added up, [scales, numbers] by the mesh axes it is split over: of the whole.
+    """The sums, or maxima, of whole leaves from those of each device's parts, [scales, numbers].
 
-    Of what is whole on some axis, one device along it speaks for all, so that one collective does
-    for leaves split in different ways.
+    `parts` are by the mesh axes that the leaves are split over. Along any other axis the first
+    device alone contributes, so that one collective does for leaves split in different ways.
     """
     every = tuple(sorted({axis for axes in parts for axis in axes}))
     joined = functools.reduce(kind.join, [_spoken_for(x, a, every) for a, x in parts.items()])

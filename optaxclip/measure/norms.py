@@ -34,10 +34,10 @@ class Norm:
     `max |g|`; `"rms"`: `sqrt(mean |g|^2)`. Complex elements count with their modulus.
 
     Args:
-      by: `"global"` one norm for the tree; `"leaf"` one a leaf; `"unit"` one a unit of a
-        leaf; `"group"` one a label; `"element"` each element on its own.
-      ord: 1, 2, any finite p >= 1, `inf` or `"rms"`. Static. Other p than 1 and 2 read the leaves
-        twice, and take two collectives on a mesh.
+      by: `"global"` one norm for the tree; `"leaf"` one per leaf; `"unit"` one per unit of a
+        leaf; `"group"` one per label; `"element"` each element on its own.
+      ord: 1, 2, any finite p >= 1, `inf` or `"rms"`. Static. A finite p other than 1 and 2 reads
+        the leaves twice, and takes two collectives on a mesh.
       unit_axes: for `"unit"`, the axes a unit spans (0 makes each column of an `(in, out)` kernel
         a unit): an int, a tuple, a function `(path, leaf) -> axes`, or `"auto"`, Optax's rule by
         rank: vectors (also with axes of length one) whole, rank 2 and 3 over axis 0, rank 4 and 5
@@ -50,7 +50,7 @@ class Norm:
         right under `jit` and inside `jax.shard_map` with `check_vma` on. Under `pmap` or
         with `check_vma` off: a name, a tuple of names, or a function `(path, leaf) ->
         names`, for leaves that are shards (a `pmean`ed gradient is whole: name no axis
-        for it). `()`: never reduce; of a function None too.
+        for it). `()`, or None from a function: never reduce.
 
     Raises:
       ValueError: unknown `by` or `ord`; labels missing, or labels or unit axes for another `by`.

@@ -68,15 +68,16 @@ def power_sums(arrays: tuple[jax.Array, ...], axes: Axes | None, power: int, dty
     that nothing can go wrong, in one read of the leaf and without a branch, both sides of which a
     GPU would run:
 
-    * A TPU takes three sums at three scales. Cycles 1.33x Adam, for 1.29x with one.
+    * A TPU takes three sums at three scales. Cycles 1.33x Adam; one sum would take 1.29x.
     * A GPU takes one sum in float64, whose range holds the squares of all float32. On an H100 82
       kernels, as many as one sum in float32 takes; three sums would take 129.
-    * A CPU takes one sum in float32, and again at three scales in a branch, which is rare: 0.91x of
-      a step of Adam without it, where float64 takes 0.95x (25 leaves of 1024x1024; of 300 of
-      256x256 0.85x and 0.90x). Units are often all zero, so that for them it takes float64; but of
-      large leaves, in a branch: `agc` takes 1.6x Adam for 2.2x (still 2.3x where half of the units
-      are zero). XLA sums float32 by a library, float64 by loops of its own. Of small leaves the
-      branch would save little, and it takes long to compile: 32 s for 20 s (300 of 256x256).
+    * A CPU takes one sum in float32, and in a branch, which is rare, again at three scales. In
+      float64 a step of Adam with it takes 1.04 times as long (25 leaves of 1024x1024; 1.06 times
+      with 300 of 256x256): XLA sums float32 by a library, float64 by loops of its own. Units are
+      often all zero, so that for them it takes float64; but of large leaves in such a branch, with
+      which `agc` takes 1.6x Adam instead of 2.2x (still 2.3x where half of the units are zero). Of
+      small leaves the branch would save little, and takes long to compile: 32 s instead of 20 s
+      (300 of 256x256).
     """
     if dtype == jnp.float64 or not arrays:
         return _at_three_scales(arrays, axes, power, dtype)
@@ -168,7 +169,7 @@ def _as_they_are(total: jax.Array, power: int) -> jax.Array:
     _, low, high = scales_of(jnp.float32)
     below = above = total
     for _ in range(power):
-        # Without the minimum XLA makes one factor of two, and that is zero, or infinite.
+        # Without the minimum XLA multiplies the factors first, and their product is 0 or infinite.
         below = jnp.minimum(below * low, 2.0**64)
         above = jnp.minimum(above * high, 2.0**96)
     return jnp.stack([total, below, above])
@@ -250,6 +251,17 @@ def in_turn(loop: Callable, written_out: Callable, *operands: jax.Array) -> jax.
     to wait, and holds all parts at once.
     """
     return lax.platform_dependent(*operands, tpu=written_out, default=loop)
+
+
+def rounding_of_products(dtype: Any) -> Any:
+    """How many times as coarse as numbers of `dtype` products of them are by default."""
+    if jnp.finfo(dtype).bits > 32:
+        return 1.0
+    return lax.platform_dependent(
+        cpu=lambda: jnp.ones((), dtype),
+        cuda=lambda: jnp.full((), 2.0**13, dtype),  # TF32 has 10 bits for float32's 23
+        default=lambda: jnp.full((), 2.0**16, dtype),  # bfloat16 has 7
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaxclip.measure.platforms import rounding_of_products
+
 # Rounding errors of Gram sums, in eps times the sum of absolute values. The largest of 10,000 was
 # 2.2: random, of 2 to 64 rows of 16 and 256 elements, alike, centred or opposite (float32, CPU).
 _ROUNDING = 4.0
@@ -55,12 +57,12 @@ def settled(
     total, size = lax.stop_gradient((terms.total, terms.size))
     error = _error(terms)
     # Not where either is NaN; nor where both are infinite. Near the least float32 both products
-    # underflow to 0, and rounding may have left a total below it.
+    # underflow to 0, and rounding may have left a total below 0.
     cancels = (total * _TOLERATED < error) | (total < 0)
     kept = _raised(jnp.where(total < 0, 0, total) + error, size, elements, 1.0)
 
     def replaced() -> jax.Array:
-        coarser = _coarser(total.dtype) if rounded else 1.0
+        coarser = rounding_of_products(total.dtype) if rounded else 1.0
         squares = lax.stop_gradient(anew()).astype(total.dtype)
         return jnp.where(cancels, _raised(squares, size, elements, coarser), kept)
 
@@ -91,17 +93,6 @@ def _raised(total: jax.Array, size: jax.Array, elements: int, coarser: Any) -> j
     error = unit * jnp.sqrt(size)
     aligned = min(1.0, _ALIGNED / math.sqrt(max(elements, 1)))
     return jnp.square(jnp.sqrt(total + jnp.square(error)) + aligned * error)
-
-
-def _coarser(dtype: Any) -> Any:
-    """How much more products round by default than numbers of their dtype."""
-    if jnp.finfo(dtype).bits > 32:
-        return 1.0
-    return lax.platform_dependent(
-        cpu=lambda: jnp.ones((), dtype),
-        cuda=lambda: jnp.full((), 2.0**13, dtype),  # TF32 has 10 bits for float32's 23
-        default=lambda: jnp.full((), 2.0**16, dtype),  # bfloat16 has 7
-    )
 
 
 @jax.custom_jvp
