@@ -49,8 +49,9 @@ def _worked_out(rows: list[dict], leaves: int) -> list[dict]:
     found = []
     for row in rows:
         counts, (traffic, group) = row["optaxclip"], TRAFFIC[row["clipper"]]
-        width = 1 if group == "leaves" else _units_of(rows, leaves)
-        sent = counts["bytes"] / (leaves * width) * groups[group]
+        # Of each unit that is split `agc` sends two numbers, of the gradient and of the parameters.
+        each = counts["bytes"] / leaves if group == "leaves" else 2 * 4
+        sent = each * groups[group]
         local = traffic * params / devices
         seconds = (
             local / c["memory bytes/s of a device"]
@@ -80,12 +81,6 @@ def _parameters_and_step() -> tuple[float, float]:
     return params, flop / c["devices"] / c["sustained FLOP/s of a device"]
 
 
-def _units_of(rows: list[dict], leaves: int) -> float:
-    """Units of a leaf: `agc` reduces two numbers for each, of gradient and parameters."""
-    (agc,) = [row for row in rows if row["clipper"] == "agc"]
-    return agc["optaxclip"]["bytes"] / (leaves * 2 * 4)
-
-
 def _assumptions() -> str:
     c = CLUSTER
     params, step = _parameters_and_step()
@@ -95,7 +90,8 @@ def _assumptions() -> str:
 The model has 12 x layers x width² parameters, {params:.1e}, split over all devices. A step takes
 6 FLOP per parameter and token, in all {step:.1f} s. A clipper reads the gradient once more (`agc`
 the parameters too; `spam` reads and writes a state), in float32. An all-reduce takes
-2 log2(devices) hops, and bytes pass the network twice."""
+2 log2(devices) hops, and bytes pass the network twice. All-reduces are those of a CPU, which
+takes more than an accelerator for `value`, `agc` and `spam`."""
 
 
 def _said(rows: list[dict]) -> str:
@@ -110,8 +106,8 @@ def _said(rows: list[dict]) -> str:
         f" {whole['step_s']:.1f} s: {1e3 * reading:.2f} ms to read"
         f" {_bytes(whole['local_bytes'])} of gradient from local memory, and"
         f" {1e3 * whole['latency_s']:.2f} ms for the one all-reduce. One all-reduce for each of the"
-        f" {leaves} leaves would take {1e3 * leaves * each:.0f} ms. `agc` sends two numbers per"
-        f" unit, {_bytes(agc['sent_bytes'])}."
+        f" {leaves} leaves would take {1e3 * leaves * each:.0f} ms. `agc` sends two numbers for"
+        f" each unit, {_bytes(agc['sent_bytes'])}, if all of them are split."
     )
     return textwrap.fill(text, 100)
 

@@ -1,7 +1,7 @@
 """What a clipper adds to an optimizer's step: time and compile time, against Optax's clipper.
 
-    python benchmarks/step_overhead.py            # the whole grid, about 20 minutes on 2 cores
-    python benchmarks/step_overhead.py --quick    # Adam in float32 alone, about 3 minutes
+    python benchmarks/step_overhead.py            # the whole grid, about 70 minutes on 2 cores
+    python benchmarks/step_overhead.py --quick    # Adam in float32 alone, about 9 minutes
 
 A step is `update` and `apply_updates` in one jitted function with donated state. For each
 tree, optimizer and dtype all variants run in one process on the same buffers, in a new random
@@ -173,10 +173,11 @@ leaves of shape 1024x1024. Medians over interleaved rounds.
 
 ## Where the time goes
 
-* **`global`**: with Adam in float32 and large leaves a step takes half as long as with Optax's, or
-  less. Optax divides inside a select, which XLA repeats in every kernel that uses the result; here
-  one scalar is multiplied in. What remains is reading the gradient once more: Adam reads or writes
-  seven arrays of its size, and an eighth adds a seventh where memory is the limit, as it is here.
+* **`global`**: with Adam in float32 a step takes about half as long as with Optax's. Optax divides
+  inside a select, which XLA repeats in every kernel that uses the result; here one scalar is
+  multiplied in. With momentum one kernel uses it, and the two are equal. What remains is reading
+  the gradient once more: Adam reads or writes seven arrays of its size, and an eighth adds a
+  seventh where memory is the limit, as it is here.
 * **`rms`** looks whether a sum overflowed before it uses it, so that a leaf is not measured and
   updated in one go; Optax does not look. `agc` reads the parameters too; its sums are in float32
   first for leaves of 2^18 elements and more, and in float64 for smaller ones.
