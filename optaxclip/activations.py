@@ -48,7 +48,7 @@ def clip_backward(
       | under `jax.vmap` | each example has a norm of its own |
       | in a scan | each step's gradient is clipped, before it reaches the step in front |
       | the result is used twice | what comes back from both uses is added up, then clipped |
-      | in `per_example_grad` | exact; those of a parameter clipped itself are stacked |
+      | in `per_example_grad` | exact; if x is itself a parameter, its gradients are stacked |
       | inside `jax.shard_map` | the norm of what the device holds: nothing is communicated |
       | zero, NaN, infinity | as in `clip_by` |
       | integer, float0, None and empty leaves | pass through |

@@ -77,16 +77,17 @@ def clip_by(
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
       nonfinite: `"propagate"` or `"zero"`, see below. To drop the whole step use `skip_nonfinite`.
-      stats: False, for elementwise clippers alone, saves a pass over the gradient; norms, factor
-        and counters are then -1. `"every"` keeps statistics of more than 256 groups, too.
-      name: how `clip_stats` calls this clipper.
+      stats: False, for elementwise clippers alone, saves a pass over the gradient; norms, factor,
+        `clipped_count` and `nonfinite_count` are then -1. `"every"` keeps statistics of more than
+        256 groups, too.
+      name: how `clip_stats` calls this clipper; None: `"clip_by_"` and what is measured.
 
     Returns:
       A gradient transformation whose state is a `ClipState`. Structure, shapes and dtypes stay.
 
     Raises:
       ValueError: unknown parts; a bound that is negative or NaN; trees that do not match; inside
-        `jax.shard_map`, a gradient that was not reduced over the batch.
+        `jax.shard_map`, if params are passed, a gradient not reduced over a mesh axis as they are.
       TypeError: a leaf that is no array; a bound that is no number.
 
     Edge cases:
@@ -94,8 +95,8 @@ def clip_by(
       | n > c, `"rescale"` | norm <= c (1 + 1e-6), in 16 bits c (1 + eps), for n up to 1e37 c |
       | zero gradient | zero, and the derivative is finite |
       | NaN, `"propagate"` | its group becomes NaN (by elements, it stays NaN) |
-      | infinity, `"propagate"` | its group becomes 0, itself NaN; a real element by itself, c |
-      | both, `"zero"` | the group becomes 0 (by elements, just these); the step counts |
+      | infinity, `"propagate"` | it becomes NaN, the rest of its group 0; by elements, +-c |
+      | either, `"zero"` | its group becomes 0 (by elements, just these); `nonfinite_count` rises |
       | c = 0, c < 0 traced, c NaN | zeros, zeros, NaN |
       | integer, float0, None, `MaskedNode`, empty leaves | pass through uncounted |
 

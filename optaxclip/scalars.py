@@ -52,9 +52,10 @@ def watch_norms(
     exclude: LeafFn | None = None,
     name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures and changes nothing: norms by the beginning of names, for `clip_scalars`.
+    """Keeps the norms of what passes by, or of the parameters, and changes nothing.
 
-    In front of the optimizer it sees gradients, behind it updates, anywhere the parameters:
+    One norm for each prefix of the leaves' names, for `clip_scalars`. In front of the optimizer it
+    sees gradients, behind it updates, anywhere the parameters:
     `chain(watch_norms(name="gradient"), adam, watch_norms(name="update"))`.
 
     Args:
@@ -131,8 +132,12 @@ def clip_scalars(
       By name, flat: of a clipper `NAME/FIELD` for the scalars of `ClipStats`, `NAME/clip_rate` (of
       all steps so far), `NAME/FIELD/GROUP` for each leaf, unit or label, `NAME/examples/FIELD`; of
       a guard `skip_outliers/FIELD`, by `of` too, and `.../first_nonfinite/LEAF` with the step, for
-      leaves that ever were; of a watcher `NAME/norm` and `NAME/norm/PREFIX`, or `NAME/noise_scale`,
-      `NAME/noise`, `NAME/signal` and `NAME/noise_scale/LEAF`.
+      leaves that ever were not finite; of a watcher `NAME/norm` and `NAME/norm/PREFIX`, or
+      `NAME/noise_scale`, `NAME/noise`, `NAME/signal` and `NAME/noise_scale/LEAF`.
+
+    Raises:
+      ValueError: a state without its types, as for `clip_stats`.
+      KeyError: `since` has no entry for a clipper of this state.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip

@@ -1,6 +1,6 @@
 """The named clippers: a few lines each over `clip_by`.
 
-What other rooms import, and no more:
+What other packages import, and no more:
 
 * `given`: `agc`, `clip_by_global_norm`, `clip_by_group_norm`, `clip_by_leaf_norm`,
   `clip_by_leaf_rms`, `clip_by_unit_norm`, `clip_by_value`, `clippy`, `normalize`, `soft_clip`

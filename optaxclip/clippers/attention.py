@@ -134,7 +134,7 @@ def qk_clip(
 
     Args:
       tau: > 0: a number, a traced scalar or a schedule. The paper's is 100.
-      alpha: in [0, 1], how much of it the queries take.
+      alpha: in [0, 1]: 1 scales the queries alone, 0 the keys.
       heads: which parameters make queries and keys: `attention_heads`, by the names of Flax and
         Equinox, `latent_attention_heads(nope_dim)`, or a function `(path, leaf) -> Heads`.
       name: for `clip_stats`, default `"qk_clip"`.
@@ -222,7 +222,7 @@ def qk_clip_params(
     alpha: Any = 0.5,
     heads: HeadsFn = attention_heads,
 ) -> Tree:
-    """Parameters with the queries and keys scaled of each head whose logits exceed tau.
+    """The parameters, queries and keys scaled down in each head whose logits exceed tau.
 
     What `qk_clip` does, for a training loop that keeps it out of its optimizer: call it on the
     parameters after the update.

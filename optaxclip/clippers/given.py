@@ -8,6 +8,7 @@ guarantees and edge cases hold for each.
 import math
 from typing import Any
 
+from optaxclip._arguments import check_bound
 from optaxclip._leaves import LeafFn, Tree
 from optaxclip.clipping import NonFinite, Transform, clip_by
 from optaxclip.measure.norms import L2, AxisName, Norm
@@ -158,7 +159,7 @@ def clip_by_leaf_rms(
     axis_name: AxisName = None,
     name: str | None = None,
 ) -> Transform:
-    """Rescales each leaf to root mean square d: `g_k / max(1, rms(g_k) / d)`.
+    """Rescales each leaf to root mean square d at most: `g_k / max(1, rms(g_k) / d)`.
 
     Args:
       max_rms: d >= 0: a number, a traced scalar, a schedule, or a tree prefix of these.
@@ -333,6 +334,7 @@ def agc(
 
     Source: Brock, De, Smith, Simonyan, arXiv 2102.06171, equation 3 and section 4.1.
     """
+    check_bound(clipping, "clipping")
     return clip_by(
         Norm("unit", unit_axes=unit_axes, exclude=exclude, axis_name=axis_name),
         ParamNorm(clipping, eps),
@@ -372,7 +374,7 @@ def clippy(
     Edge cases:
       | a parameter at 0 that moves | holds its whole leaf to `absolute`: biases that start at |
       | | zero hardly move at 1e-7; raise it, or exclude them |
-      | c_i = 0, u_i = 0 | no limit to the others; c_i = 0 alone makes the leaf 0 |
+      | c_i = 0 | if u_i = 0 no limit to the others; otherwise the whole leaf becomes 0 |
       | NaN, infinity | as in `clip_by_leaf_norm`; a parameter that is NaN makes its leaf NaN |
 
     Example:
@@ -464,7 +466,7 @@ def soft_clip(
       A gradient transformation. `clipped_count` counts the steps with n > c.
 
     Raises:
-      ValueError: max_norm negative or NaN; unknown shape.
+      ValueError: max_norm negative or NaN; unknown shape; `stats=False` without `elementwise`.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

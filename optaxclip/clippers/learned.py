@@ -84,8 +84,9 @@ def autoclip(
       >>> print(updates["w"])
       [2.]
 
-    Source: Seetharaman et al. (AutoClip), arXiv 2007.14469, algorithm 1, over all norms, with the
-    present one. Here of a window, the present one only with `relearn_after=None`; safeguards.
+    Source: Seetharaman et al. (AutoClip), arXiv 2007.14469, algorithm 1, which takes the percentile
+    of all norms, the present one among them. Here: of a window, and the present one only with
+    `relearn_after=None`; safeguards.
     """
     check_between(percentile, "percentile", 0, 100)
     check_count(window, "window")
@@ -115,13 +116,14 @@ def zclip(
     (`"mean"`), or by `mu + k sigma` (`"percentile"`).
 
     Args:
-      z_threshold, decay: k >= 0; in [0, 1), of the moving averages.
+      z_threshold: k >= 0.
+      decay: of the moving averages, in [0, 1).
       mode: what an outlier becomes, as above.
       max_norm: a bound that always holds too, >= 0: a number, traced scalar, schedule, or `inf`.
       warmup: how many norms the averages start from. Static.
       relearn_after: >= warmup: steps in a row beyond the bound of z after which the averages start
         anew from the last `warmup` norms. `"auto"`: 25, or the warm-up if longer. None: the
-        paper's rule, which never recovers from a lasting rise by half. Static.
+        paper's rule: after a lasting rise to three times the norm it clips for good. Static.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
@@ -251,7 +253,7 @@ def clip_by_history(
       | first step | unbounded: nothing is known |
       | warm-up | at most twice the median norm so far |
       | norms that do not vary | std is 1 % of their mean (1e-6 with `relearn_after=None`) |
-      | a lasting change of level | the bound is there within `relearn_after` steps, usually ten |
+      | a lasting change of level | the bound is there within `relearn_after` steps |
       | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:
@@ -342,16 +344,16 @@ def gradient_stabilizer(
 ) -> Transform:
     """Keeps each leaf's direction and makes its length `m / (sqrt(v) + eps)`, about 1.
 
-    m and v are the moving averages of the leaf's norm n and of n^2, with the present step, each
-    divided by what it would be of ones. The gradient becomes `g / n * m / (sqrt(v) + eps)`: its
-    length has no unit and is at most 1.41, so put Adam or a learning rate of its own behind it.
+    m and v are bias-corrected moving averages of the leaf's norm n and of n^2, the present step
+    included. The gradient becomes `g / n * m / (sqrt(v) + eps)`: its length has no unit and is at
+    most 1.41 with the default decays, so put Adam or a learning rate of its own behind it.
 
     Args:
       decay, sq_decay: of m and v, in [0, 1).
       eps: >= 0, in the unit of the norm.
       outlier: >= 1: a norm counts in m and v for at most this many times the m before it.
         `float("inf")`: the published rule. After a spike of a thousand times it makes the next
-        hundred gradients too short, of length 0.01 at worst.
+        hundred gradients too short, a hundredth of their length at worst.
       by, nonfinite, axis_name, name: as in `clip_by` and `Norm`.
 
     Returns:
@@ -363,10 +365,10 @@ def gradient_stabilizer(
 
     Edge cases:
       | first step | length `n / (n + eps)` |
-      | a spike | after steady norms of length 1.14; with `outlier=inf` about 1 |
+      | a spike after steady norms | comes out with length 1.14 (0.95 with `outlier=inf`) |
       | a lasting rise | the next twenty gradients are up to 1.41 long |
-      | a lasting fall, a spike on the first step | those after it are too short, until v forgets: |
-      | | of a thousand times, for a hundred steps, and of length 0.01 at worst |
+      | a lasting fall, a spike on the first step | the next gradients are too short until v |
+      | | forgets: of a thousand times, some 140 of them, of length 0.004 at worst |
       | NaN, infinity, zero | not learned from: later steps are as they would have been without |
 
     Example:

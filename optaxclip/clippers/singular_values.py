@@ -75,7 +75,8 @@ def clip_singular_values(
       | NaN, infinity | make the whole matrix NaN; zeros under `nonfinite="zero"` |
       | inside the bound, hard | bit for bit what came in, if well inside |
       | stacked vectors, such as scanned biases | look like a matrix: name their `unit_axes` |
-      | how exact, how slow | see `docs/concepts/precision.md`; c = 0 gives zeros |
+      | c = 0 | zeros |
+      | how exact, how slow | see `docs/concepts/precision.md` |
 
     Example:
       >>> import jax.numpy as jnp, optaxclip

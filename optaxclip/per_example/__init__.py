@@ -1,8 +1,9 @@
 """Per-example gradients as data: norms, products and weighted sums without storing them.
 
-The doors stand here: `gradients` (`per_example_grad` and its like), `reweighted`
+Public functions: `gradients` (`per_example_grad` and its like), `reweighted`
 (`reweighted_grad`), `clipped_grad`, `clipped_fun`, `plan` (`explain`, with `table`) and `agreement`
-(`check_per_example`); `fallbacks` says what had to be stacked. Rooms, from the top down:
+(`check_per_example`); `fallbacks` says what had to be stacked. Packages, from the top down; each
+imports only from those below:
 
 * `aggregators`: from per-example gradients to one update. `clip`, `robust` and its `batch`,
   `quantile`, `moments`, `statistics`; `noise_scale` watches.

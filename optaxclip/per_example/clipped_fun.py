@@ -61,7 +61,7 @@ def clipped_fun(
     | --- | --- |
     | NaN or infinity in a value | 0, as a whole; with `nan_safe=False` NaN |
     | padding, or C = 0 | 0; C = 0 on the grid raises |
-    | half an integer on the grid | the even one beside it |
+    | halfway between two points of the grid | rounded to the even one |
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,7 +70,7 @@ def clipped_fun(
       >>> print(mean(jnp.array([0.5, -3.0, 1.0, 7.0])), mean.sensitivity("REPLACE_ONE"))
       1.5 2.0
 
-    Source: jax-privacy 2.0 (Apache-2.0). The grid is that of later versions, after their tests.
+    Source: jax-privacy 2.0 (Apache-2.0). The grid is that of later versions.
     """
     roles = Options(None, batch_argnums, has_aux, keep_batch_dim, prng_argnum)
     grid = None

@@ -1,4 +1,4 @@
-"""The doors: per-example gradients, values and norms of a loss."""
+"""Per-example gradients, values and norms of a loss."""
 
 import functools
 from collections.abc import Callable

@@ -58,7 +58,7 @@ class Schedule:
     bytes: int
     """Held at once."""
     work: float
-    """Operations, and bytes as so many of them, over those of a plain gradient."""
+    """In multiples of a plain gradient's operations; bytes moved count as operations, too."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

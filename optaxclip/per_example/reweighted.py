@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from optaxclip._arguments import check_count
 from optaxclip._leaves import LeafFn, Tree
+from optaxclip._numerics import alike
 from optaxclip.measure.norms import Norm
 from optaxclip.per_example.aggregators.clip import norm_by
 from optaxclip.per_example.engine.arguments import Argnums, Call, Options, call_of, unbatched_aux
@@ -64,44 +65,29 @@ def reweighted_grad(
     """`sum_b c_b g_b` with weights that depend on the norms, `c = weights(|g|^2)`.
 
     Args:
-      fun: the loss of one example, as for `per_example_grad`.
+      fun, argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, strict: as in
+        `per_example_grad`.
       weights: squared norms [B] -> weights [B]. No gradient flows through it.
-      argnums: as for `per_example_grad`, and so are the options below.
-      by: what one norm is taken over, as in `clip_per_example`: `"global"`, an example's whole
-        gradient; `"leaf"`; or labels. Each is weighed by its own `weights`.
-      method: `"one_pass"`: norms and sum from factored gradients, which are held in between.
-        `"two_pass"`: one pass forward, then norms from a pass back that holds nothing but what
-        parameters with several uses need, then the gradient of `sum_b c_b loss_b`; one pass where
-        a `custom_vjp` in the loss may not be linear, as the loss cannot be scaled then. `"vmap"`:
-        the gradients of all examples, stacked. `"auto"`: the fastest that fits, by bytes and
-        operations estimated from shapes; `explain` shows which, and the others.
-      microbatch_size: how many examples to take at a time: a divisor of B. What is held is then
-        that of so many examples, and `weights` sees so many at a time. `"auto"`: as many as are
-        fastest and fit; all with another `method` than `"auto"`. None: all.
-      memory: what fits, for `method="auto"`: a float: as many times what a plain gradient holds
-        between its passes; an int: bytes. None: 1.1 times where the batch may be cut and that costs
-        little time, else 2, and two passes only where nothing else fits; 512 MB on an accelerator
-        and 16 MB on a CPU always fit. If nothing fits, what holds least is taken.
-      batch_argnums: which arguments hold the examples.
-      has_aux: whether `fun` returns `(loss, aux)`.
-      keep_batch_dim: whether `fun` sees an example as a batch of one.
-      prng_argnum: the argument that is a random key.
-      strict: whether to raise where no factored form is known for a leaf, so that its gradients
-        must be stacked.
+      by: what one norm is taken over: `"global"`, an example's whole gradient; `"leaf"`; or labels,
+        as in `clip_per_example`. `weights` is called for each.
+      method: `"one_pass"`: factored gradients are held until the norms are known. `"two_pass"`:
+        norms from a pass back that holds next to nothing, then the gradient of `sum_b c_b loss_b`;
+        one pass where a `custom_vjp` in the loss may not be linear. `"vmap"`: the gradients of all
+        examples, stacked. `"auto"`: the fastest that fits, estimated from shapes; see `explain`.
+      microbatch_size: how many examples are handled at a time, and `weights` sees: a divisor of B.
+        None: all. `"auto"`: as many as are fastest and fit, with `method="auto"`; else all.
+      memory: what fits: a float: as many times what a plain gradient holds between its passes; an
+        int: bytes. None: 1.1 times where the batch may be cut at little cost in time, else 2, and
+        two passes only where nothing else fits. Unless it is bytes, 512 MB on an accelerator,
+        16 MB on a CPU and twice the parameters always fit. If nothing does, what holds least.
 
     Returns:
-      A function of the arguments of `fun`, which returns a `Reweighted`.
+      A function of the arguments of `fun`, which returns a `Reweighted`. All methods agree to
+      rounding; where terms of a norm cancel, `"two_pass"`, and `"one_pass"` by leaf or label, may
+      have an upper bound of it.
 
     Raises:
-      ValueError: unknown method or `by`; weights that are not [B]; a micro-batch size that is < 1
-        or does not divide B; a memory that is not > 0, or with another method than "auto";
-        otherwise as `per_example_grad`.
-      TypeError: a micro-batch size that is no whole number; otherwise as `per_example_grad`.
-
-    Guarantees:
-      All methods give the same numbers to rounding; where the terms of a norm cancel, `"two_pass"`
-      gives an upper bound of it. Under `jit`, what a method does not need
-      is not computed.
+      ValueError, TypeError: an argument out of its range; otherwise as `per_example_grad`.
 
     Edge cases:
       A weight of zero does not hide a gradient that is infinite or NaN. Inside `jax.shard_map` a
@@ -141,7 +127,7 @@ def reweighted_grad(
         choosing = chooser(call, seen, how.groups, method, microbatch_size, memory)
 
         def joined(by_group: list[jax.Array]) -> jax.Array:
-            return by_group[0] if by == "global" else jnp.stack(by_group, axis=1)
+            return by_group[0] if by == "global" else jnp.stack(alike(by_group), axis=1)
 
         def part(method: Method, batch: list[Any]) -> tuple[list[Any], Any]:
             some = dataclasses.replace(call, batch=batch)

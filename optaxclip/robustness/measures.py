@@ -114,7 +114,8 @@ def adversarial_accuracy(
 
     FGSM goes `radius` along the sign of the loss's gradient (norm 2: along the gradient). PGD makes
     `steps` such steps of `step_size` from x, each projected to the ball and to `clip_to`; further
-    restarts begin at random points of the ball. Right is who is right at all points on the way.
+    restarts begin at random points of the ball. An example counts as right if it is at each point
+    on the way; PGD looks at FGSM's points too.
 
     Args:
       fun: `fun(params, x) -> logits [B, K]`, each example by itself.

@@ -62,7 +62,8 @@ def cross_validate(
 
     Returns:
       A `CrossValidation`: `best`, `one_standard_error` (the strictest threshold within one),
-      `mean`, `scores` and more. It prints as a table. A run that ends as NaN scores `-inf`.
+      `mean`, `scores` and more. It prints as a table. A run that ends with NaN or infinity scores
+      `-inf`, or `inf` with `mode="min"`.
 
     Raises:
       ValueError, TypeError: before any training, an argument out of its range.

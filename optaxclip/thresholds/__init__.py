@@ -1,6 +1,6 @@
 """Where a bound comes from: given, learned from past norms, of elements, or split among groups.
 
-For users is what is imported below. What other rooms import besides, and no more:
+For users is what is imported below. What other packages import besides, and no more:
 
 * `given`: `as_threshold`, `non_negative`, `params_of`
 * `learned`: `AtMost`, `RelearnAfter`, `relearn_after_of`

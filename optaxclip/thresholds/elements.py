@@ -17,8 +17,9 @@ from optaxclip.thresholds.rules import RootMeanSquare
 
 # An element's bound is at least this part of that of its leaf's largest element.
 _LEAST = 1e-6
-# A share rises by at most this factor a step. The bound holds the present step: without this, one
-# of a thousandth of the leaf's largest could spike to 50 times its size at a decay of 0.999.
+# The root of a share rises by at most this factor a step. The bound holds the present step: without
+# this, one of a thousandth of the leaf's largest could spike to 50 times its size at a decay of
+# 0.999.
 _RISE = 1.1
 
 
@@ -28,18 +29,18 @@ class SharesState(NamedTuple):
     level: LearnedState
     """Of the largest element of each leaf."""
     shares: Tree
-    """An array of the shape of each leaf, float32."""
+    """The root of each element's share, in an array of the shape of each leaf, float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """`sqrt(theta v)` of each element, where v is its leaf's level squared times its share.
+    """`sqrt(theta) L s`: the root of theta, the level of the leaf, and the share of the element.
 
-    The level is the moving average of `n^2`, n the leaf's largest element, with the safeguards of
-    `Learned`; an element's share is the moving average of `(g / n)^2`, from 1 down. So whatever
-    goes wrong with a leaf as a whole, whose every step counts alike in the shares, concerns
-    numbers by leaf alone, and a second array like the parameters is not needed. What goes wrong
-    with one element raises its share by at most a tenth.
+    The level L is the root of the moving average of `n^2`, n the leaf's largest element, with the
+    safeguards of `Learned`; s is the root of the moving average of `(g / n)^2`, which starts from
+    1. A step that is wrong for a whole leaf leaves `g / n` as it is: the safeguards need numbers by
+    leaf alone, and no second array like the parameters. A spike of one element raises its s, and
+    so its bound, by at most a tenth a step.
     """
 
     theta: Any

@@ -59,10 +59,10 @@ class ElementBounds:
 
     arrays: list[jax.Array]
     scales: list[jax.Array] | None = None
-    """For each leaf a number that its array, then > 0 throughout, is to be multiplied by.
+    """If given, the bounds of a leaf are its array, all > 0, times this number.
 
-    So statistics need no array of bounds, which a CPU would store: `spam_clip` takes 2.6x Adam for
-    4.9x (25 leaves of 1024x1024).
+    So statistics need no array of bounds, which a CPU would store: of `spam_clip` in front of Adam
+    they cost 0.4 of a step of Adam, not 2.4 (25 leaves of 1024x1024).
     """
 
 
@@ -181,7 +181,7 @@ class ParamNorm:
     eps: Any = 1e-3
 
     def __post_init__(self) -> None:
-        check_bound(self.ratio, "clipping")
+        check_bound(self.ratio, "ratio")
         check_bound(self.eps, "eps", schedule=False)
 
     def init(self, norm: Norm, params: Tree) -> Tree:
@@ -227,9 +227,9 @@ class ParamElements:
 
 @dataclasses.dataclass(frozen=True)
 class LargestBut:
-    """The largest norm of the step but for the `k` largest: `"drop"` removes those.
+    """The (k + 1)-th largest norm of the step, such as of tokens in `clip_backward`, or of units.
 
-    Of tokens in `clip_backward`, or of units. Norms as large as it stay.
+    With the response `"drop"` the k largest are removed; of equal ones fewer.
     """
 
     k: int

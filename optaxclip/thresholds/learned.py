@@ -37,7 +37,8 @@ class Rule(Protocol):
     def seed(self, recent: jax.Array, ordered: jax.Array) -> Tree:
         """The memory after the norms `recent` [warmup, size], oldest first, and no others.
 
-        `ordered` are the same, smallest first. It is computed on every step, and seldom used.
+        `ordered` are the same, smallest first. The seed is computed on every step, and used after a
+        warm-up alone.
         """
         ...
 

@@ -21,6 +21,8 @@ def mean_plus_std(
 ) -> Threshold:
     """`mean + k std` of the last norms that were no outliers, for `skip_outliers`.
 
+    The deviation is at least 1 % of the mean (1e-6 with `relearn_after=None`).
+
     Args:
       num_stds: k >= 0.
       window: how many past norms count, >= 1; the first half are a warm-up. Static.
@@ -58,7 +60,8 @@ def multiple_of_quantile(
 
     Args:
       quantile: q in [0, 1].
-      factor: >= 1; without it every (1 - q)-th step would be beyond the bound.
+      factor: >= 1: the bound is `factor` times the quantile, beyond which a share 1 - q of ordinary
+        steps lies.
       window, relearn_after: as for `mean_plus_std`.
 
     Returns:
@@ -175,8 +178,8 @@ class RollingMoments:
     num_stds: Any
     window: int
     least: int
-    less: int
-    """What is subtracted from the number of values in the deviation's denominator."""
+    ddof: int
+    """What is subtracted from the number of values in the variance's denominator."""
     floor: float
     outliers_count: bool
     relearn_after: int | None
@@ -200,7 +203,7 @@ class RollingMoments:
         mean = jnp.sum(jnp.where(known, state.recent, 0.0), axis=0) / jnp.maximum(count, 1)
         deviation = jnp.where(known, state.recent - mean[None], 0.0)
         total = jnp.sum(jnp.square(deviation), axis=0)
-        std = jnp.sqrt(total / jnp.maximum(count - self.less, 1))
+        std = jnp.sqrt(total / jnp.maximum(count - self.ddof, 1))
         bounds = mean + self.num_stds * jnp.maximum(std, self.floor)
         bounds = jnp.where(count >= self.least, jnp.minimum(bounds, UNKNOWN), UNKNOWN)
         beyond = n > bounds

@@ -1,4 +1,4 @@
-"""The formulas by which a bound follows from past norms: one `Rule` (see `learning`) each.
+"""The formulas by which a bound follows from past norms: one `Rule` (see `learned`) each.
 
 `robust` says that the safeguards of `Learned` are on. Without them a rule is exactly as
 published: the present norm counts in `Percentile` and `MovingMean`, the least spread in

@@ -1,4 +1,4 @@
-"""Transformations around an optimizer or a clipper; what other rooms import is imported below."""
+"""Transformations around an optimizer or a clipper; what others import is imported below."""
 
 from optaxclip.wrappers.error_feedback import ErrorFeedbackState as ErrorFeedbackState
 from optaxclip.wrappers.error_feedback import error_feedback as error_feedback

@@ -40,7 +40,7 @@ def skip_nonfinite(
     norm: By | Norm = "global",
     max_consecutive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips every step whose gradient, or loss, has a NaN or an infinity, whole.
+    """Skips, as a whole, every step whose gradient or loss has a NaN or an infinity.
 
     On such a step the updates are zeros and the state of `inner` (moments, schedules,
     clipping statistics) stays exactly as it was; only this guard's counters move.
@@ -58,8 +58,10 @@ def skip_nonfinite(
       A gradient transformation with a `SkipNonfiniteState`.
 
     Raises:
-      ValueError: max_consecutive below 1.
-      TypeError: max_consecutive is no whole number, or is traced.
+      ValueError: max_consecutive below 1; a value named in `of` that was not passed, or is no real
+        scalar.
+      TypeError: max_consecutive is no whole number, or is traced; `of` is no name or tuple of
+        names.
 
     Guarantees:
       Nothing is multiplied by zero, so nothing of the bad step survives. Steps without
@@ -114,7 +116,7 @@ def skip_nonfinite(
 
 
 class LossState(NamedTuple):
-    """What `skip_outliers` knows of the loss, where it looks at one only in steps that have one."""
+    """What `skip_outliers` with `of=None` knows of the loss; a step without one changes nothing."""
 
     seen_count: jax.Array
     """Steps that were given a loss, int32."""
@@ -164,7 +166,7 @@ def skip_outliers(
     norm: By | Norm = "global",
     max_consecutive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips every step that is far from usual, whole: its gradient, its update, or its loss.
+    """Skips, as a whole, every step whose gradient, update or loss is far from usual.
 
     A step happens if `n <= c` for each n that is measured. Otherwise updates are zeros and the
     state of `inner` (moments, schedules, clipping statistics) stays exactly as it was.
@@ -172,7 +174,7 @@ def skip_outliers(
     Args:
       inner: the optimizer to guard; put the guard outermost.
       threshold: c: a number, a traced scalar, a schedule of the steps seen, or a `Threshold`;
-        of several things a dict by name too. None: `thresholds.mean_plus_std()` for norms,
+        or a dict of these by the names in `of`. None: `thresholds.mean_plus_std()` for norms,
         `thresholds.mean_plus_std_of_values()` for values.
       of: what is measured: `"gradient"`, `"update"` (which `inner` made), the name of a real scalar
         that is passed to `update`, such as `"loss"`, or a tuple of these. None: the gradient, and
@@ -187,8 +189,9 @@ def skip_outliers(
       A gradient transformation with a `SkipOutliersState`.
 
     Raises:
-      ValueError: a threshold that is negative or NaN; max_consecutive below 1; a value that was
-        not passed, or is no scalar.
+      ValueError: a threshold that is NaN, or negative for a norm; a dict with other names than
+        `of`; max_consecutive below 1; a value that was not passed, or is no real scalar.
+      TypeError: a threshold that is no number; `of` is no name or tuple of names.
 
     Guarantees:
       Nothing of a skipped step survives. What is NaN or infinite is skipped, whatever the
@@ -324,8 +327,8 @@ def raise_if_stuck(opt_state: Tree) -> None:
 
     Raises:
       FloatingPointError: with the number of steps skipped in all, and in a row up to now; which
-        leaves were not finite, and on which step first, counted from 0; what was how often
-        beyond its bound.
+        leaves were not finite, and on which step first, counted from 0; how often each number that
+        is measured was beyond its bound.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip

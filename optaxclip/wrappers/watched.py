@@ -32,7 +32,7 @@ class FirstNonfinite(NamedTuple):
     names: tuple[str, ...]
     """Paths of leaves, `"update of "` and a path, and names of values."""
     step: jax.Array
-    """[names], int32: the steps before that one; -1 for never."""
+    """[names], int32: the step, counted from 0; -1 if it never happened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Level:
 class Watched:
     """The names of what a guard looks at, and the norm of gradient and update.
 
-    None: the gradient, and the loss in steps that are given one. The loss is then set aside, so
-    that states hold the gradient's numbers where they do for `"gradient"`.
+    None: the gradient, and the loss in steps that are given one. States then keep the numbers of
+    the loss apart, in a field of their own: all others are as with `"gradient"`.
     """
 
     of: str | tuple[str, ...] | None
@@ -110,7 +110,7 @@ class Watched:
         return by_name if isinstance(self.of, tuple) else by_name[self.names[0]]
 
     def aside(self, by_name: dict[str, Any]) -> Any:
-        """What they hold of the loss that may be missing; None for anything else."""
+        """What states hold apart: of the loss, with `of=None`; else None."""
         return by_name.get(_LOSS) if self.of is None else None
 
     def each(self, held: Any, aside: Any) -> dict[str, Any]:

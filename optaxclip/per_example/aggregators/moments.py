@@ -66,7 +66,7 @@ def _sum_of_squares(form: Form) -> jax.Array:
         squared = dataclasses.replace(form, left=_squared(form.left), right=_squared(form.right))
         return squared.weighted_sum(jnp.ones(len(form.left)))
     if isinstance(form, Gathered):
-        # One row for each distinct id: rank r of an example has the ids and rows of its r-th.
+        # One row for each distinct id of an example: the sum of the rows with that id.
         of, t = ranks(form.ids), form.ids.shape[1]
         rows = by_rank(of, form.right, t)
         ids = jax.vmap(lambda of, ids: jnp.zeros_like(ids).at[of].set(ids))(of, form.ids)

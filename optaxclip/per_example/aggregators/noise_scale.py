@@ -18,7 +18,8 @@ from optaxclip.per_example.forms.explicit_axes import of_gradients
 from optaxclip.per_example.forms.incoming import Incoming, check_like_params, total
 from optaxclip.per_example.forms.trees import cast, masked
 
-# A mean is no longer than what it is the mean of; rounding to bfloat16 makes this much of it.
+# The mean gradient is no longer than the root mean square of the examples' norms; rounded to
+# bfloat16, no longer than so many times that.
 _LONGEST = 1.02
 
 
@@ -103,7 +104,7 @@ def watch_noise_scale(
 
     Edge cases:
       | NaN, infinity in an example | it is left out; with `example_norms` the step is |
-      | `example_norms` shorter than the mean can be | NaN: updates are a sum, or of others |
+      | `example_norms` too small for such a mean | NaN: updates are a sum, or of other examples |
       | gradients clipped before | the noise scale of the clipped ones |
       | around `optax.MultiSteps` | of each micro-batch; with `example_norms` never inside it |
       | per-example gradients inside `jax.shard_map` | estimates of each device are averaged |

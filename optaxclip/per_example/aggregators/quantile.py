@@ -13,7 +13,7 @@ from optaxclip.thresholds.given import Context, Threshold
 
 
 class QuantileState(NamedTuple):
-    """What the tracker remembers."""
+    """State of `ExampleQuantile`."""
 
     bounds: jax.Array
     """One per group, float32."""
@@ -79,8 +79,8 @@ def example_quantile(
       quantile: q in [0, 1]: the share of examples to leave alone.
       step_size: eta >= 0. A larger one follows sooner and wavers more.
       init: the first C, > 0: of several groups, of each.
-      noise: the standard deviation of what is added to the number of examples within C, so that
-        C tells less of a single one. What that is worth has to be accounted for elsewhere.
+      noise: the standard deviation of the Gaussian noise added to the number of examples within
+        C, for privacy, which your accountant has to count.
       key: a random key, for the noise.
       batch_size: what that number is divided by, such as the expected batch size under Poisson
         sampling. None: the examples that are finite.
@@ -92,14 +92,10 @@ def example_quantile(
       ValueError: an argument out of range; noise without a key, or a key without noise; used by
         a clipper that has one norm a step.
 
-    Guarantees:
-      The share within the bound comes to q, up to its wavering. Examples that are not finite
-      leave C as it would have been without them (given `batch_size`, they count as beyond it).
-
     Edge cases:
-      A step with nothing finite leaves C as it was, without `batch_size`. C takes
-      `log(n / init) / (eta q)` steps up to norms of n from below, so start it at a norm you
-      expect. Examples of which `masked` made zeros count as within C.
+      Examples that are not finite do not count (with `batch_size`: as beyond C); a step of nothing
+      else leaves C as it was. From below, C takes `log(n / init) / (eta q)` steps to norms of n, so
+      start it at a norm you expect. Examples of which `masked` made zeros count as within C.
 
     Example:
       >>> import jax, jax.numpy as jnp, optaxclip

@@ -96,8 +96,8 @@ def centered_clip(
       with NaN or infinity changes nothing but a counter; a batch of them gives zeros and leaves v.
 
     Edge cases:
-      v is zero at first, so the first iteration clips as `clip_per_example` does. Distances much
-      shorter than the gradients are lost in rounding, below 1e-3 of them in float32.
+      v is zero at first, so the first iteration clips as `clip_per_example` does. A distance much
+      shorter than the gradients comes out too large by what rounding may add, never too small.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -150,8 +150,8 @@ def geometric_median(
       name: how `clip_stats` calls this aggregator.
 
     Returns:
-      An aggregator, as `clip_per_example` is; its bound is infinite. The noise scale is that of
-      the gradients as they came in.
+      An aggregator, as `clip_per_example` is; its bound is the largest float. The noise scale is
+      that of the gradients as they came in.
 
     Raises:
       ValueError: iterations < 1; an eps that is not > 0 and finite; gradients as for
@@ -164,8 +164,8 @@ def geometric_median(
 
     Edge cases:
       Less than half of the examples, wherever they are, move the median by a bounded amount;
-      four iterations are near it, not at it, when they are far away. Distances much shorter than
-      the gradients are lost in rounding, below 1e-3 of them in float32.
+      four iterations are near it, not at it, when they are far away. A distance much shorter
+      than the gradients comes out too large by what rounding may add, never too small.
 
     Example:
       >>> import jax.numpy as jnp, optaxclip
@@ -207,7 +207,7 @@ def coordinate_median(*, name: str | None = None) -> aggregating.Aggregator:
       name: how `clip_stats` calls this aggregator.
 
     Returns:
-      An aggregator, as `clip_per_example` is; its bound is infinite, its noise scale -1.
+      An aggregator, as `clip_per_example` is; its bound is the largest float, its noise scale -1.
 
     Raises:
       ValueError: gradients as for `clip_per_example`.
@@ -249,7 +249,7 @@ def coordinate_trimmed_mean(fraction: Any, *, name: str | None = None) -> aggreg
       name: how `clip_stats` calls this aggregator.
 
     Returns:
-      An aggregator, as `clip_per_example` is; its bound is infinite, its noise scale -1.
+      An aggregator, as `clip_per_example` is; its bound is the largest float, its noise scale -1.
 
     Raises:
       ValueError: a fraction out of range; gradients as for `clip_per_example`.

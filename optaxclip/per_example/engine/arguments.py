@@ -71,7 +71,7 @@ class Call:
     params: list[jax.Array]
     """The arrays to differentiate with respect to."""
     batch: list[jax.Array]
-    """The arrays of the examples, which are on the leading axis: what `jax.vmap` makes of it."""
+    """The arrays of the batch, with the examples on the leading axis, as `jax.vmap` has them."""
     like_params: Callable[[list[Any], Callable[[Any], Any]], Tree]
     """`(gradients, zero) -> tree` like the differentiated arguments; `zero(leaf)` elsewhere."""
     spmd_axis_name: Any = None

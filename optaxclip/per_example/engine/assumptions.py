@@ -10,8 +10,8 @@ the cotangents of the values that they meet. That is the gradient of the loss if
    called with `SymbolicZero` for a tangent, or with `perturbed` for an input.
 
 A loss with an equation that breaks one of the three is differentiated by `vmap(grad)` as a whole;
-`explain` says why. Of the third that goes for rules with a parameter among their inputs: of all
-other inputs the rule is told what it is told by `vmap(grad)`.
+`explain` says why. The third is checked of equations with a parameter among their inputs: any other
+rule is told what `vmap(grad)` tells it.
 
 4. Backward rules are linear in the cotangent. A user's (`custom_vjp`, `linear_call`, a solver of
    one's own) need not be: some clip the cotangent. So an equation with such a rule stays in its
@@ -78,10 +78,11 @@ def is_differentiable(aval: Any) -> bool:
 
 
 def check_own(jaxpr: Any, axes: Set[str]) -> None:
-    """Raises inside `jax.shard_map` for a loss that mixes what devices have, along such axes.
+    """Raises inside `jax.shard_map` if the loss communicates over one of these mesh axes.
 
-    Of examples that meet there is no gradient of one, and of a weight that is split a device sees
-    the gradient of its part: its norm would be too small. `vmap(grad)` is no better.
+    Examples, or parameters, are split along them. Examples that are mixed have no gradients of
+    their own, and of a split weight a device sees the gradient of its part, whose norm is too
+    small. `vmap(grad)` would be as wrong.
     """
     for eqn in jaxpr.eqns if axes else ():
         if found := collective_axes(eqn) & axes:

@@ -75,8 +75,8 @@ class Builder:
         self.outermost = 0
         """The outermost block that known equations may go to."""
         self.steps: list[dict[int, int] | None] = [None]
-        """Of each block in `once` that is the body of a scan: the values that its steps are given,
-        by the values within."""
+        """For each block in `once` that is the body of a scan: the stacked values of which its
+        steps are given slices, by the values within."""
         self._made: dict[int, Equation] = {}
         self._concrete: dict[int, Any] = {}
         self._level: dict[int, int] = {}  # of known values: the index of their block in `once`
@@ -209,7 +209,7 @@ class Builder:
             (number,) = reader.outputs
 
     def met(self, number: int, aval: Any) -> int:
-        """A value as one that depends on the example: an active one is copied, which is a use."""
+        """The value, for what is done by example; an active one is copied, which is a use."""
         if number not in self.active:
             return number
         shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
@@ -259,7 +259,10 @@ class Builder:
     def _looked_up(
         self, eqn: JaxprEqn, inputs: tuple[int, ...], level: int
     ) -> Sequence[int] | None:
-        """Of a part of a parameter that a scan picks by numbers known ahead: given to its steps."""
+        """A part of a parameter that a scan picks by numbers known beforehand; else None.
+
+        All parts are then taken ahead of the scan, and given to its steps.
+        """
         steps, table = self.steps[level], inputs[0] if inputs else -1
         if steps is None or self._level[table] >= level or self.outermost >= level:
             return None

@@ -59,9 +59,9 @@ def pull_back(block: Block, values: Mapping[int, Any], cotangents: Found) -> Non
 
 
 def _shared(term: Form, passage: Passage, equation: Equation) -> list[tuple[int, Form]] | None:
-    """Of a term of the parameters alone, `c_b g`: one gradient for all examples.
+    """A term that depends on the example by a factor alone, `c_b g`: g is pulled back once for all.
 
-    It begins at a number, such as a penalty added to the loss, that is made of many.
+    It begins at a number that is made of many, such as a penalty on the weights.
     """
     eqn, operands = equation.eqn, passage.operands
     most = max(operands[p].size for p in passage.active)

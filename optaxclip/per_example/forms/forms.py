@@ -28,11 +28,13 @@ from optaxclip.per_example.forms.contractions import (
 )
 from optaxclip.per_example.forms.layout import Layout
 
-# Of a block where terms cancel: the branch is not taken in an ordinary batch.
+# Of a block where a norm is taken anew because its terms cancel: XLA sets the memory of that branch
+# aside although an ordinary batch does not take it.
 _RARE_BYTES = 2**20
 
 
-# Gradients are kept, to be summed, if they take so many times the memory of their factors.
+# Gradients are kept for the sum in place of their factors if they take at most so many times the
+# memory.
 _MOST_INSTANTIATED = 1.25
 
 

@@ -118,11 +118,11 @@ class Layout:
         return dataclasses.replace(self, roles=(k, o, i))
 
     def cast(self, dtype: Any) -> "Layout":
-        """Of a parameter that was cast to this one's dtype."""
+        """The layout of a parameter of `dtype` that was cast to this one's."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def placed(self, shape: tuple[int, ...], ranges: Ranges) -> "Layout":
-        """Of `x` with `shape`, given that of the part of it at `ranges`."""
+        """The layout of an array of `shape`, from that of its part at `ranges`."""
         inside = map(range, self.shape) if self.part is None else self.part
         part = tuple(map(_compose, ranges, inside))
         split = None if self.named == tuple(map(len, part)) else self.named
@@ -131,7 +131,7 @@ class Layout:
         return dataclasses.replace(self, shape=shape, split=split, part=part)
 
     def transposed(self, permutation: Axes, shape: tuple[int, ...]) -> "Layout | None":
-        """Of `x`, given that of `transpose(x, permutation)`; None if no axis stays whole."""
+        """The layout of x, from that of its transpose; None if no axis stays whole."""
         runs = {a: [a] for a in range(len(shape))}
         if self.split is not None:
             blocks = [] if 0 in shape else _blocks(self.part_shape, self.split)
@@ -146,7 +146,7 @@ class Layout:
         return Layout(shape, self.dtype, (k, i, o), split, part)
 
     def reshaped(self, shape: tuple[int, ...]) -> "Layout | None":
-        """Of `x` with `shape`, given that of `reshape(x)`; None if its part is no box there."""
+        """The layout of x, from that of its reshape; None if its part is no box there."""
         part = self.part and _ranges_in(shape, self.shape, self.part)
         if part is None and self.part is not None:
             return None

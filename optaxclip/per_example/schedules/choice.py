@@ -17,9 +17,9 @@ from optaxclip.per_example.schedules.microbatches import MOST_WRITTEN_OUT, accum
 
 Part = Callable[[Method, Tree], tuple[Tree, Tree]]
 
-# How much more than a plain gradient a batch may hold that can be cut, and one that cannot. Parts
-# that would cost more than so much of a plain gradient's time are not worth it: an MLP of 10M
-# parameters takes 1.13x whole and 2.29x in 64 parts, which hold a third less.
+# What may be held, in multiples of a plain gradient's memory: `_CUT`, or `_WHOLE` where cutting the
+# batch would cost more than `_WORTH` of a plain gradient's time. An MLP of 10M parameters takes
+# 1.13x whole and 2.29x in 64 parts, which hold a third less.
 _CUT, _WHOLE, _WORTH = 1.1, 2.0, 0.15
 _PARTS = (1, 2, 4, 8, 16, 32, 64)
 

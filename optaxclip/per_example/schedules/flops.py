@@ -23,9 +23,9 @@ _BODIES = ("jaxpr", "call_jaxpr", "body_jaxpr")
 def flops(fun: Callable, *args: Any) -> int:
     """Operations of `fun(*args)`, from shapes alone.
 
-    A product of matrices counts 2 for each multiplication, anything else 1 for each element of
-    its input or output, whichever is larger. Of a `while` one turn is counted, of a `cond` the
-    dearest branch.
+    A product of matrices or a convolution counts 2 for each multiplication, anything else 1 for
+    each element of its input or output, whichever is larger. Of a `while` one turn is counted, of a
+    `cond` the dearest branch.
     """
     return flops_of(jax.make_jaxpr(fun)(*args))
 

@@ -14,7 +14,8 @@ from optaxclip.per_example.schedules.flops import flops_of
 
 # More parts than this are a loop, whatever they hold.
 MOST_WRITTEN_OUT = 8
-# That of the patches of a vision transformer is 0.7 %: its parts may stand in a loop.
+# A model with less than this share of its operations in convolutions may stand in a loop: the
+# patches of a vision transformer are 0.7 %.
 _SMALL_SHARE = 0.05
 
 

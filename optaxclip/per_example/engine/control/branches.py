@@ -1,8 +1,9 @@
 """Conditionals with a parameter in a branch.
 
-One that depends on the example stays one too: `vmap` evaluates all branches and selects, backward
-as well, so that what a branch makes of an example that does not take it, NaN perhaps, reaches
-nothing. A select of the outputs would send a zero back into that branch, and zero times NaN is NaN.
+One whose choice depends on the example stays a conditional: `vmap` evaluates all branches and
+selects, backward as well, so that what a branch makes of an example that does not take it, NaN
+perhaps, reaches nothing. A select of the outputs here would send a zero back into that branch, and
+zero times NaN is NaN.
 """
 
 import collections
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branches:
-    """A choice; each branch returns the records of all, zeros for those of the others."""
+    """A conditional. Each branch returns records of all branches: its own, zeros for the others."""
 
     index: int
     of_example: bool

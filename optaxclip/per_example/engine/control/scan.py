@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scan:
-    """The outputs of `body` are the carries, then the ys; its constants it refers to itself."""
+    """A loop. The outputs of `body` are the carries, then the ys; constants it knows by number."""
 
     body: Block
     init: tuple[int, ...]
