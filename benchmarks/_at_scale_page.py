@@ -32,9 +32,9 @@ the text of the program, where a loop's body stands once.
 * **By leaf**: a bound for each leaf, over all its layers. Two passes.
 
 An example with NaN counts as zero in all of them. For that a branch, which a run without NaN never
-takes, sums again a quarter of the batch at a time; its collectives are counted too. "At least": in
-the program is a loop of which the compiler does not say how often it turns, counted once. That of
-jax-privacy takes one example a chip at a time.
+takes, sums again a quarter of the batch at a time; neither its collectives nor its cycles are
+counted. "At least": in the program is a loop of which the compiler does not say how often it turns,
+counted once. That of jax-privacy takes one example a chip at a time.
 
 {how}
 
@@ -44,9 +44,10 @@ On paper, for 1,000 chips and 10^9 examples:
 
 * **With the examples of a batch** grow the norms, weights and losses alone, some numbers each: of
   10^6 examples 4 MB a number, split over the chips as the batch is.
-* **With the chips** grows nothing that a plain gradient has not. A norm is taken on the chip that
-  has the example; weights that are split are gathered as they are for the pass itself. What is
-  added is one boolean, whether all is finite.
+* **With the chips** grows what grows for a plain gradient: weights that are split are gathered for
+  the second pass too, which the tables count. (For 1B on 256 chips the compiler gathers oftener
+  than that; why is not known.) A norm is taken on the chip that has the example. What is added is
+  one boolean, whether all is finite.
 * **With the parameters** grows what a plain gradient holds. A parameter with several uses (a tied
   table, a recurrent weight) is the exception: the factors of its uses are held, which for a table
   tied to the logits are [tokens, words]. That is the first limit: untie it, or cut the batch.

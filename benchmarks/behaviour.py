@@ -95,10 +95,10 @@ PAGE = """# What each clipper does over time
 `benchmarks/behaviour.py` drives every clipper through its public `update` with synthetic norms:
 log-normal, sigma 0.1, around a usual norm of 0.1, the level. On step 300 of 600 something happens:
 a spike, a lasting rise, a ramp, a NaN. The multiplier is the norm after clipping over the norm
-before. Fixed bounds are 1.2 times the level. "Published" is `relearn_after=None`, and of
-`gradient_stabilizer` `outlier=inf`. It and `normalize` make one length of all, here the level:
-after a rise the multiplier stays small, and the leaf that wakes, a hundred times shorter than the
-other, becomes as long.
+before. Fixed bounds are 1.2 times the level, of `skip_outliers` twice. "Published" is
+`relearn_after=None`, and of `gradient_stabilizer` `outlier=inf`. It and `normalize` make one length
+of all, here the level: after a rise the multiplier stays small, and the leaf that wakes, a hundred
+times shorter than the other, becomes as long.
 
 ![The multipliers over time](behaviour.png)
 
