@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _Part = TypeVar("_Part")
 
@@ -74,20 +75,28 @@ def check_at_least(value: Any, argument: str, least: int) -> None:
         raise ValueError(f"{argument} must be >= {least}, got {value}. Pass {least} or more.")
 
 
-def check_between(value: Any, argument: str, low: float, high: float, *, last: bool = True) -> None:
+def check_between(
+    value: Any,
+    argument: str,
+    low: float,
+    high: float,
+    *,
+    last: bool = True,
+    example: float | None = None,
+) -> None:
     """Raises unless a number lies from `low` to `high`, which itself is allowed if `last`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return check_bound(value, argument, schedule=False)
     if not low <= float(value) <= high or (value == high and not last):
         interval = f"[{low:g}, {high:g}{']' if last else ')'}"
+        example = (low + 9 * high) / 10 if example is None else example
         raise ValueError(
-            f"{argument} must be in {interval}, got {value}. Pass for example"
-            f" {(low + 9 * high) / 10:g}."
+            f"{argument} must be in {interval}, got {value}. Pass for example {example:g}."
         )
     return None
 
 
-def check_count(value: Any, argument: str, *, least: int = 1) -> None:
+def check_count(value: Any, argument: str, *, least: int = 1, what: str = "for example 25") -> None:
     """Raises unless `value` is a whole number >= `least`, known when the clipper is made."""
     if isinstance(value, jax.Array):
         raise TypeError(
@@ -95,6 +104,24 @@ def check_count(value: Any, argument: str, *, least: int = 1) -> None:
             f" static_args=('{argument}',)."
         )
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{argument} must be a whole number, got {value!r}. Pass for example 25.")
+        raise TypeError(f"{argument} must be a whole number, got {value!r}. Pass {what}.")
     if value < least:
         raise ValueError(f"{argument} must be >= {least}, got {value}. Pass {least} or more.")
+
+
+def check_transform(value: Any, argument: str) -> None:
+    """Raises unless a value is a gradient transformation."""
+    if not callable(getattr(value, "init", None)) or not callable(getattr(value, "update", None)):
+        raise TypeError(
+            f"{argument} must be a gradient transformation, got {value!r}. Pass an optimizer, such"
+            " as optax.adam(1e-3), or a clipper."
+        )
+
+
+def check_opt_state(value: Any) -> None:
+    """Raises for an optimizer in the place of its state."""
+    if isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            "the state of an optimizer is needed, got the optimizer itself. Pass what its init or"
+            " update returned."
+        )

@@ -35,8 +35,15 @@ class Leaves:
     def of(cls, tree: Tree, exclude: LeafFn | None = None) -> "Leaves":
         """Raises `TypeError` for a leaf that is no array."""
         arrays, paths, positions = [], [], []
-        for i, (key_path, leaf) in enumerate(leaves_with_path(tree)):
+        for i, (key_path, leaf) in enumerate(leaves_with_path(tree, is_leaf=_is_factored)):
             path = path_name(key_path)
+            if _is_factored(leaf):
+                raise TypeError(
+                    f"gradients of a batch are needed, got per-example gradients at {place(path)}"
+                    f" ({type(leaf).__name__}). Put clip_per_example, or another aggregator of"
+                    " optaxclip.per_example, first in optax.chain; a guard around it may look at"
+                    " what comes out, of=('update',)."
+                )
             if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
                 raise TypeError(
                     f"leaves must be arrays, got {type(leaf).__name__} {leaf!r} at {place(path)}."
@@ -122,6 +129,11 @@ class Leaves:
                 f"Give {argument} the structure of the parameters, cut off at any node."
             ) from None
         return [entries[i] for i in self.positions]
+
+
+def _is_factored(x: Any) -> bool:
+    """Whether it is a form of `per_example`: its arrays are factors, of which no norm is one."""
+    return callable(getattr(type(x), "weighted_sum", None))
 
 
 def _without_masked(prefix: Tree, tree: Tree) -> Tree:

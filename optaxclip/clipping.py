@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._arguments import check_opt_state
 from optaxclip._leaves import Tree, named_node, path_name, place
 from optaxclip._numerics import accumulator, once_compiled, rounded, scaled, times
 from optaxclip.measure.groups import Blocks, Groups
@@ -77,9 +78,8 @@ def clip_by(
       response: `"rescale"`, `"rational"`, `"sqrt"`, `"tanh"`, `"normalize"`, `"automatic"`,
         `"psac"`, `"drop"`, or a `Response`.
       nonfinite: `"propagate"` or `"zero"`, see below. To drop the whole step use `skip_nonfinite`.
-      stats: False, for elementwise clippers alone, saves a pass over the gradient; norms, factor,
-        `clipped_count` and `nonfinite_count` are then -1. `"every"` keeps statistics of more than
-        256 groups, too.
+      stats: False, for elementwise clippers alone, saves a pass over the gradient; all but `count`
+        and `threshold` are then -1. `"every"` keeps statistics of more than 256 groups, too.
       name: how `clip_stats` calls this clipper; None: `"clip_by_"` and what is measured.
 
     Returns:
@@ -182,6 +182,7 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
 
     Raises:
       ValueError: a state that has lost its types, and so its names: `nnx.state(optimizer)`.
+      TypeError: an optimizer in the place of its state.
 
     Example:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -192,6 +193,7 @@ def clip_stats(opt_state: Tree) -> dict[str, ClipStats]:
       >>> print(stats.pre_clip_norm, stats.clip_factor)
       5.0 0.2
     """
+    check_opt_state(opt_state)
     found: dict[str, ClipStats] = {}
     for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, ClipState)):
         if isinstance(node, ClipState):

@@ -543,3 +543,31 @@ def test_statistics_of_an_nnx_optimizer():
     assert groups.names == ("bias", "kernel")
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, nnx.state(model, nnx.Param), before)
     assert exact(jax.tree.leaves(moved)) == pytest.approx(0.2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        clip_stats,
+        optaxclip.clip_scalars,
+        optaxclip.raise_if_stuck,
+        optaxclip.scalars.raise_if_frozen,
+    ],
+)
+def test_an_optimizer_is_not_its_state(read):
+    with pytest.raises(TypeError, match=r"got the optimizer itself. Pass what its init"):
+        read(optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1)))
+
+
+@pytest.mark.parametrize("factory", [optaxclip.clip_by_global_norm, optaxclip.clip_per_example])
+def test_an_optimizer_is_no_bound(factory):
+    with pytest.raises(TypeError, match=r"max_norm must be a bound.*side by side: optax.chain"):
+        factory(optax.adam(1e-3))
+
+
+@pytest.mark.parametrize(
+    "wrapper", [optaxclip.skip_nonfinite, optaxclip.skip_outliers, optaxclip.error_feedback]
+)
+def test_a_number_is_no_optimizer(wrapper):
+    with pytest.raises(TypeError, match=r"must be a gradient transformation, got 1.0. Pass an opt"):
+        wrapper(1.0)

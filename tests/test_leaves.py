@@ -5,6 +5,7 @@ import optax
 import pytest
 from tools.oracles import assert_same_bits
 
+import optaxclip
 from optaxclip._leaves import Leaves
 
 
@@ -79,3 +80,33 @@ def test_prefix_of_another_tree(prefix):
     leaves = Leaves.of({"a": jnp.ones(1), "b": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"bounds must be a tree prefix of the updates(.|\n)*Give"):
         leaves.from_prefix(prefix, "bounds")
+
+
+TAKE_GRADIENTS = {
+    "global": lambda: optaxclip.clip_by_global_norm(1.0),
+    "value": lambda: optaxclip.clip_by_value(1),
+    "agc": optaxclip.agc, "zclip": optaxclip.zclip, "spam": optaxclip.spam_clip,
+    "singular": lambda: optaxclip.clip_singular_values(1.0), "watch": optaxclip.watch_norms,
+    "skip": lambda: optaxclip.skip_nonfinite(optaxclip.clip_per_example(1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKE_GRADIENTS)
+def test_per_example_gradients_have_no_norm_of_a_batch(name):
+    """The norm of their factors would be taken for one."""
+    params = {"w": jnp.ones((3, 2))}
+    fun = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
+    grads = optaxclip.per_example_grad(fun)(params, jnp.ones((4, 3)))
+    tx = TAKE_GRADIENTS[name]()
+    with pytest.raises(TypeError, match=r"got per-example gradients at w.*Put clip_per_example"):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_a_guard_looks_at_what_comes_of_per_example_gradients():
+    params = {"w": jnp.ones((3, 2))}
+    fun = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
+    grads = optaxclip.per_example_grad(fun)(params, jnp.ones((4, 3)))
+    tx = optaxclip.skip_nonfinite(optaxclip.clip_per_example(0.01), of=("update",))
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert optax.tree.norm(updates) == pytest.approx(0.01, rel=1e-6)
+    assert state.skipped_count == 0

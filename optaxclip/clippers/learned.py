@@ -116,8 +116,7 @@ def zclip(
     (`"mean"`), or by `mu + k sigma` (`"percentile"`).
 
     Args:
-      z_threshold: k >= 0.
-      decay: of the moving averages, in [0, 1).
+      z_threshold, decay: k >= 0; the decay of the moving averages, in [0, 1).
       mode: what an outlier becomes, as above.
       max_norm: a bound that always holds too, >= 0: a number, traced scalar, schedule, or `inf`.
       warmup: how many norms the averages start from. Static.

@@ -73,9 +73,8 @@ def clip_singular_values(
 
     Edge cases:
       | NaN, infinity | make the whole matrix NaN; zeros under `nonfinite="zero"` |
-      | inside the bound, hard | bit for bit what came in, if well inside |
+      | inside the bound, hard; c = 0 | bit for bit what came in, if well inside; zeros |
       | stacked vectors, such as scanned biases | look like a matrix: name their `unit_axes` |
-      | c = 0 | zeros |
       | how exact, how slow | see `docs/concepts/precision.md` |
 
     Example:

@@ -139,7 +139,8 @@ def clipped_grad(
     """
     _check(l2_clip_norm, normalize_by)
     if microbatch_size is not None:
-        check_count(microbatch_size, "microbatch_size")
+        what = "a divisor of the number of examples, or None"
+        check_count(microbatch_size, "microbatch_size", what=what)
     options = Options(
         argnums, batch_argnums, has_aux, keep_batch_dim, prng_argnum, named_examples=True
     )

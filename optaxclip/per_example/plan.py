@@ -126,7 +126,8 @@ class Plan:
         best = {(ranked[0].method, ranked[0].parts) for ranked in self.schedules.values()}
         if best == {("one_pass", 1)}:
             return table(lines)
-        of_forms = f"per_example_grad takes one pass over the whole batch, and holds {held}."
+        of_forms = f"per_example_grad takes one pass over the whole batch, and holds {held}: where"
+        of_forms += " that is much more than above, clipped_grad is better."
         return [*table(lines), of_forms]
 
 

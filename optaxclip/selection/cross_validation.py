@@ -62,8 +62,7 @@ def cross_validate(
 
     Returns:
       A `CrossValidation`: `best`, `one_standard_error` (the strictest threshold within one),
-      `mean`, `scores` and more. It prints as a table. A run that ends with NaN or infinity scores
-      `-inf`, or `inf` with `mode="min"`.
+      `mean`, `scores` and more. It prints as a table. A run that fails has an infinite score.
 
     Raises:
       ValueError, TypeError: before any training, an argument out of its range.

@@ -34,7 +34,7 @@ def suggest_threshold(norms: Any, *, target_clip_rate: float = 0.05) -> float:
       >>> print(optaxclip.suggest_threshold([1.0, 9.0, 2.0, 3.0], target_clip_rate=0.25))
       3.0
     """
-    check_between(target_clip_rate, "target_clip_rate", 0.0, 1.0, last=False)
+    check_between(target_clip_rate, "target_clip_rate", 0.0, 1.0, last=False, example=0.05)
     recorded = np.asarray(norms, float).ravel()
     known = np.sort(recorded[np.isfinite(recorded)])
     if not known.size:

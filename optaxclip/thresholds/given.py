@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optaxclip._arguments import check_bound, check_count
 from optaxclip._leaves import Leaves, Tree, first_difference, place
@@ -288,6 +289,11 @@ def as_threshold(value: Any, argument: str = "threshold") -> Threshold:
         raise TypeError(
             f"{argument} must be a bound or a Threshold, got the class {value.__name__}. Make one"
             f" of it: {value.__name__}(...)."
+        )
+    if isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{argument} must be a bound or a Threshold, got a gradient transformation. Put the two"
+            " side by side: optax.chain(clipper(bound), optimizer)."
         )
     return value if isinstance(value, Threshold) else Given(value, argument)
 

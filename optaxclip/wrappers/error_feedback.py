@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip._arguments import check_transform
 from optaxclip._leaves import Leaves, Tree
 from optaxclip._numerics import accumulator, once_compiled, rounded
 
@@ -58,6 +59,7 @@ def error_feedback(
     Source: Elesedy and Hutter (U-Clip), arXiv 2302.02971. Different here: what is not finite is
     not carried.
     """
+    check_transform(clipper, "clipper")
     clipper = optax.with_extra_args_support(clipper)
 
     def init_fn(params: Tree) -> ErrorFeedbackState:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip._arguments import check_count
+from optaxclip._arguments import check_count, check_opt_state, check_transform
 from optaxclip._leaves import Tree
 from optaxclip._numerics import as_float32, once_compiled
 from optaxclip.measure.norms import By, Norm
@@ -82,6 +82,7 @@ def skip_nonfinite(
     """
     if max_consecutive is not None:
         check_count(max_consecutive, "max_consecutive")
+    check_transform(inner, "inner")
     inner = optax.with_extra_args_support(inner)
     watched = Watched.make(of, norm)
 
@@ -209,6 +210,7 @@ def skip_outliers(
     """
     if max_consecutive is not None:
         check_count(max_consecutive, "max_consecutive")
+    check_transform(inner, "inner")
     inner = optax.with_extra_args_support(inner)
     watched = Watched.make(of, norm)
     limits = watched.limits(threshold, {False: mean_plus_std(), True: mean_plus_std_of_values()})
@@ -340,6 +342,7 @@ def raise_if_stuck(opt_state: Tree) -> None:
       ...
       FloatingPointError: a guard skipped max_consecutive steps in a row because what ...
     """
+    check_opt_state(opt_state)
     guards = (SkipNonfiniteState, SkipOutliersState)
     for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, guards)):
         if isinstance(state, guards):

@@ -100,3 +100,28 @@ def test_params(name):
     params, error, message = PARAMS[name]
     with pytest.raises(error, match=message):
         per_example_grad(scalar)(params, X)
+
+
+def squared(params, x, y):
+    return jnp.sum((x @ params - y) ** 2)
+
+
+@pytest.mark.parametrize("y", [np.ones(4), {"a": np.ones((4, 2)), "b": np.ones(4)}])
+def test_rows_that_all_examples_share_are_warned_of(y):
+    loss = lambda p, x, y: squared(p, x, y["b"] if isinstance(y, dict) else y)
+    with pytest.warns(UserWarning, match=r"y \(4,.*pass batch_argnums=\(1, 2\)"):
+        per_example_grad(loss)(P, X, y)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [1.0, np.ones(3), np.ones((1, 4)), {"a": np.ones(4), "b": np.ones(2)},
+     np.zeros((4, 2), np.uint32), "sum"],
+    ids=["number", "other rows", "one row", "one of two", "keys", "word"],
+)  # fmt: skip
+def test_what_does_not_look_like_the_examples_is_shared_without_a_word(shared):
+    per_example_grad(lambda p, x, shared: scalar(p, x))(P, X, shared)
+
+
+def test_rows_that_are_bound_first_are_meant():
+    per_example_grad(lambda p, x: squared(p, x, np.ones(4)))(P, X)

@@ -37,9 +37,9 @@ def clip_per_example(
 ) -> aggregating.Aggregator:
     """Clips the gradient of every example and averages: `1/B sum_b min(1, c / |g_b|) g_b`.
 
-    Put it first in `optax.chain`, and give `update` what `per_example_grad` or `vmap(grad)`
-    returns. No example moves the update further than c / B, whatever its label or its loss; with a
-    bound on each of several groups, than `sqrt(sum_k c_k^2) / B`.
+    Put it first in `optax.chain`, and give `update` what `per_example_grad` or `vmap(grad)` makes,
+    with `params`, to which shapes are then held. No example moves the update further than c / B;
+    with a bound on each of several groups, than `sqrt(sum_k c_k^2) / B`.
 
     Args:
       max_norm: c >= 0: a number, a traced scalar, a schedule or a `Threshold`, such as
@@ -62,8 +62,7 @@ def clip_per_example(
 
     Edge cases:
       | an example with NaN, infinity | left out, in `nonfinite_count`; of nothing else: zeros |
-      | norms beyond 1e19, below 1e-19 (float32) | as if not finite, as if zero |
-      | integer leaves | have zero updates |
+      | norms beyond 1e19, below 1e-19 (float32); integers | not finite, zero; zero updates |
       | inside `jax.shard_map` | `jax.lax.pmean` the updates: they are of a device's examples |
 
     Example:

@@ -16,6 +16,7 @@ from optaxclip.per_example.engine.checks import (
     check_keywords,
     check_params,
     loss_and_aux,
+    warn_of_rows,
     what_fun_saw,
 )
 
@@ -103,7 +104,9 @@ def call_of(fun: Callable, options: Options, args: Sequence[Any], kwargs: dict[s
     check_params([(names[k], args[k]) for k in of_params])
     named, shared = (kwargs, {}) if options.named_examples else ({}, kwargs)
     check_keywords(named)
-    check_batch([*((names[k], args[k]) for k in of_batch), ("", named)])
+    size = check_batch([*((names[k], args[k]) for k in of_batch), ("", named)])
+    others = {*range(len(args))} - {*of_params, *of_batch, *of_keys}
+    warn_of_rows([(k, names[k], args[k]) for k in sorted(others)], of_batch, size)
 
     leaves, params_tree = jax.tree.flatten([args[k] for k in of_params])
     leaves = [jnp.asarray(x) for x in leaves]

@@ -1,5 +1,6 @@
 """What a loss and its arguments must be: errors that name argument, shape and remedy."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -40,8 +41,8 @@ def check_params(arguments: list[tuple[str, Tree]]) -> None:
             )
 
 
-def check_batch(arguments: list[tuple[str, Tree]]) -> None:
-    """All leaves have the examples on the leading axis, and at least one of them."""
+def check_batch(arguments: list[tuple[str, Tree]]) -> int:
+    """How many examples there are: all leaves have them on the leading axis, and one at least."""
     leaves = [
         (_at(name, path), jnp.shape(leaf))
         for name, tree in arguments
@@ -71,6 +72,26 @@ def check_batch(arguments: list[tuple[str, Tree]]) -> None:
             f"the batch must not be empty, got {first} at {first_name}. Skip this step, or pass"
             " at least one example."
         )
+    return first[0]
+
+
+def warn_of_rows(shared: list[tuple[int, str, Tree]], batch: tuple[int, ...], size: int) -> None:
+    """Warns of an argument that all examples share, though it has as many rows as there are."""
+    for number, name, tree in shared:
+        leaves = leaves_with_path(tree, is_leaf=_has_shape)
+        shapes = [jnp.shape(x) for _, x in leaves if _has_shape(x) and not _is_raw_key(x)]
+        if size > 1 and shapes and all(shape[:1] == (size,) for shape in shapes):
+            numbers = (*batch, number)
+            warnings.warn(
+                f"{name} {shapes[0]} is the same for every example, and has as many rows as there"
+                f" are examples, {size}. If these are the examples', pass batch_argnums={numbers};"
+                " if it is meant, bind the argument first, with functools.partial or in a closure.",
+                stacklevel=5,
+            )
+
+
+def _is_raw_key(x: Any) -> bool:
+    return getattr(x, "dtype", None) == np.uint32 and jnp.shape(x)[-1:] in ((2,), (4,))
 
 
 def loss_and_aux(result: Any, has_aux: bool, keep_batch_dim: bool) -> tuple[Any, Any]:
