@@ -33,8 +33,8 @@ the text of the program, where a loop's body stands once.
 
 An example with NaN counts as zero in all of them. For that a branch, which a run without NaN never
 takes, sums again a quarter of the batch at a time; neither its collectives nor its cycles are
-counted. "At least": in the program is a loop of which the compiler does not say how often it turns,
-counted once. That of jax-privacy takes one example a chip at a time.
+counted. "-": not known, since the compiler does not say how often a loop in the program turns.
+That of jax-privacy takes one example a chip at a time.
 
 {how}
 
@@ -86,8 +86,8 @@ def _line(row: Row, plain: Row | None) -> str:
     def times(key: str) -> str:
         if plain is None or not plain[key]:
             return "-"
-        least = key != "temporary" and row["loops_of_unknown_trips"]
-        return f"{'at least ' * bool(least)}{row[key] / plain[key]:.2f}x"
+        known = key == "temporary" or not row["loops_of_unknown_trips"]
+        return f"{row[key] / plain[key]:.2f}x" if known else "-"
 
     count = sum(row["collectives"].values())
     of_plain = sum(plain["collectives"].values()) if plain is not None else 0
