@@ -10,7 +10,8 @@ digits and breast-cancer measurements, without clipping and under six clippers, 
 
 The bound of a clipper is the upper quartile of what it measures during a clean, unclipped
 run with a seed of its own: chosen once per workload, before any comparison, so that a clean
-run is clipped now and then and a bad step always. `--quantile 0.5` clips harder.
+run is clipped now and then and a bad step always (AGC, which has a bound for each unit, clips some
+unit on nearly every step). `--quantile 0.5` clips harder.
 
 SGD rather than Adam, because the size of its steps follows the size of the gradient, which
 is what clipping bounds. Adam divides by the size of past gradients: a spike moves the
