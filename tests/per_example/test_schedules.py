@@ -197,7 +197,7 @@ def taken(
         )
     )  # fmt: skip
     costs = Costs(
-        parameters, factors, stacked, residuals, norms, held_by_one=factors,
+        examples, parameters, factors, stacked, residuals, norms, held_by_one=factors,
         forward_flops=forward, convolves=given.get("convolves", False),
     )  # fmt: skip
     chooser = Chooser(examples, "auto", size, memory, costs, twice)
@@ -217,6 +217,13 @@ def taken(
 )
 def test_an_accelerator_takes_as_few_parts_as_fit(costs, parts):
     assert taken(**costs) == ("one_pass", parts)
+
+
+def test_an_example_is_taken_alone_only_for_memory():
+    costs = {"factors": 100, "residuals": 200, "forward": 10**4}
+    assert taken(CPU, MB, examples=4, **costs) == ("one_pass", 2)
+    assert taken(CPU, MB, examples=8, **costs)[1] == 4
+    assert taken(CPU, MB, examples=4, memory=int(90 * MB), **costs) == ("one_pass", 4)
 
 
 def test_little_memory_is_free():
