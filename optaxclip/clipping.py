@@ -87,7 +87,7 @@ def clip_by(
 
     Raises:
       ValueError: unknown parts; a bound that is negative or NaN; trees that do not match; inside
-        `jax.shard_map`, if params are passed, a gradient not reduced over a mesh axis as they are.
+        `jax.shard_map`, a gradient that varies over a mesh axis that `params`, if passed, do not.
       TypeError: a leaf that is no array; a bound that is no number.
 
     Edge cases:
